@@ -42,7 +42,7 @@ class Conversation(socketserver.StreamRequestHandler):
                 self.ask()
             stage = "secret: "
             self.send(b"S" + self.server.secret)
-            stage, ending = "", f"{questions} right answers, secret sent"
+            stage, ending = "", f"right answers: {questions}, secret sent"
         except socket.timeout:
             ending = f"silent for {self.timeout} seconds"
         except OSError as error:
