@@ -17,7 +17,7 @@ QUESTION, SECRET = b"Q", b"S"  # the tags
 
 def main() -> None:
     """Print the secret phrase of the server named in argv, or exit with one line."""
-    parser = argparse.ArgumentParser(prog="lab4.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", help="its TCP port, 1 to 65535", type=port_number)
     arguments = parser.parse_args()

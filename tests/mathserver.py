@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Iterator, List, NoReturn, Optional, Set
+from typing import Any, Iterator, List, Optional, Set
 
 PAUSE = 0.005  # seconds between the pieces of a frame
 LOG = logging.getLogger("mathserver")
@@ -169,23 +169,26 @@ def secret_phrase(text: str) -> bytes:
     return phrase
 
 
-def stop(number: int, _: object) -> NoReturn:
-    """Exit quietly on signal `number`, with the status that a shell would give."""
-    logging.disable()
-    sys.exit(128 + number)
+def serve(server: MathServer, command: List[str]) -> int:
+    """Serve while `command` runs, or for good if it is empty, or until a signal comes.
 
-
-def serve_during(server: MathServer, command: List[str]) -> int:
-    """Serve while `command` runs, and return its status as a shell would give it.
-
-    Raise OSError if it cannot be started.
+    Return the exit status as a shell tells it: the command's, or 128 + the signal's
+    number. Raise OSError if the command cannot be started.
     """
-    with subprocess.Popen(command) as child, server.serving():
-        try:
-            status = child.wait()
-        finally:
-            child.kill()
-    return status if status >= 0 else 128 - status
+    child = subprocess.Popen(command) if command else None
+    awaited = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    with server.serving():
+        while child is None or child.poll() is None:
+            number = signal.sigwait(awaited)
+            if number == signal.SIGCHLD:
+                continue
+            logging.disable()  # how a conversation ends now is not the client's doing
+            if child:
+                child.kill()
+                child.wait()
+            return 128 + number
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -241,8 +244,6 @@ def main() -> int:
     """Serve as the command line says, and return the exit status."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="mathserver.py: %(message)s")
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, stop)
     try:
         server = MathServer(
             arguments.bind,
@@ -257,10 +258,8 @@ def main() -> int:
         LOG.error("cannot listen on %s: %s", wanted, reason)
         return 1
     with server:
-        if not arguments.command:
-            server.serve_forever()
         try:
-            return serve_during(server, arguments.command)
+            return serve(server, arguments.command)
         except OSError as error:
             LOG.error("cannot run %r: %s", arguments.command[0], error.strerror)
             return 127 if isinstance(error, FileNotFoundError) else 126
