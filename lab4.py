@@ -23,8 +23,8 @@ def main() -> None:
     arguments = parser.parse_args()
     doing = "writing to standard output"
     try:
-        # A file of its own, because sys.stdout may hide a failed write until the exit;
-        # before the socket, which would get the number of a closed standard output.
+        # Its own file, since sys.stdout may hide a failed write until the exit; opened
+        # first, since a socket would get the number of a closed standard output.
         with open(os.dup(1), "wb") as stdout:
             doing = f"talking to {arguments.host!r} port {arguments.port}"
             with socket.create_connection((arguments.host, arguments.port)) as sock:
