@@ -35,7 +35,6 @@ class Conversation(socketserver.StreamRequestHandler):
         questions = self.server.questions
         if questions is None:
             questions = random.randint(5, 12)
-        stage = ""
         try:
             for number in range(1, questions + 1):
                 stage = f"question {number}: "

@@ -200,6 +200,22 @@ class ConversationTest(unittest.TestCase):
         self.assertLessEqual(got_through, 3)
         self.assertEqual(len(self.log), 30)
 
+    def test_no_piece_waits_for_another(self) -> None:
+        server = mathserver.MathServer("127.0.0.1", 0, PHRASE)
+        with server, server.serving(), Client(server.server_address) as client:
+            client.question()
+            (connection,) = server.connections
+            nodelay = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            self.assertTrue(nodelay)
+
+    def test_a_closed_server_lets_go_of_everything(self) -> None:
+        server = mathserver.MathServer("127.0.0.1", 0, PHRASE, 1)
+        with server, server.serving():
+            whole_conversation(server.server_address, 1)
+        self.assertEqual(server.connections, set())
+        with self.assertRaises(ConnectionRefusedError):
+            Client(server.server_address)
+
     def test_whole_frames_let_one_recv_be_one_frame(self) -> None:
         with self.serving() as address:
             self.assertEqual(trusting_conversation(address), PHRASE)
@@ -332,23 +348,30 @@ class CommandTest(unittest.TestCase):
                     self.assertEqual(self.end(process), (b"", line, 1))
 
     def test_whatever_a_client_does_is_one_line_of_the_log(self) -> None:
-        process = self.start("--whole-frames")
+        def leave(client: Client) -> None:
+            client.question()
+
+        def reset(client: Client) -> None:
+            client.reset()
+
+        def reset_inside_an_answer(client: Client) -> None:
+            client.question()
+            client.sock.sendall(b"\0\0")
+            client.reset()
+
+        def send_garbage(client: Client) -> None:
+            with contextlib.suppress(ConnectionError):
+                client.sock.sendall(os.urandom(100000))
+
+        process = self.start()
         address = self.address(process)
-        lines = []
-        for deed in ("leaves", "resets", "resets inside an answer", "sends garbage"):
-            with Client(address) as client:
-                if deed == "resets":
-                    client.reset()
-                elif deed == "resets inside an answer":
-                    client.question()
-                    client.sock.sendall(b"\0\0")
-                    client.reset()
-                elif deed == "sends garbage":
-                    with contextlib.suppress(ConnectionError):
-                        client.sock.sendall(os.urandom(100000))
-            lines.append(process.stderr.readline().decode())
-            start = f"mathserver.py: {client.name}: question 1: "
-            self.assertEqual(lines[-1][: len(start)], start, deed)
+        for deed in (leave, reset, reset_inside_an_answer, send_garbage):
+            with self.subTest(deed.__name__):
+                with Client(address) as client:
+                    deed(client)
+                line = process.stderr.readline().decode()
+                start = f"mathserver.py: {client.name}: question 1: "
+                self.assertEqual(line[: len(start)], start)
         process.terminate()
         self.assertEqual(self.end(process), (b"", "", 143))
 
