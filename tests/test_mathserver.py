@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -199,6 +200,36 @@ class ConversationTest(unittest.TestCase):
                     got_through += trusting_conversation(address) == PHRASE
         self.assertLessEqual(got_through, 3)
         self.assertEqual(len(self.log), 30)
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[Tuple[Client, threading.Event]]:
+        """Yield a client of a server whose pauses end when the event is set."""
+        over = threading.Event()
+        with mock.patch("mathserver.time.sleep") as sleep:
+            sleep.side_effect = lambda _: over.wait(TIMEOUT)
+            server = self.serving(0, whole_frames=False)
+            with server as address, Client(address) as client:
+                yield client, over
+        self.assertEqual({pause.args for pause in sleep.mock_calls}, {(0.005,)})
+
+    def test_the_pieces_of_a_frame_arrive_apart(self) -> None:
+        with self.pausing() as (client, over):
+            piece = client.sock.recv(9)
+            client.sock.setblocking(False)
+            with self.assertRaises(BlockingIOError):
+                client.sock.recv(9)
+            client.sock.settimeout(TIMEOUT)
+            over.set()
+            self.assertEqual(piece + client.rest(), b"S" + PHRASE)
+
+    def test_a_client_may_reset_the_connection_inside_the_secret(self) -> None:
+        with self.pausing() as (client, over):
+            client.sock.recv(9)
+            client.reset()
+            over.set()
+        (line,) = self.log
+        start = f"{client.name}: secret: connection lost: "
+        self.assertEqual(line[: len(start)], start)
 
     def test_no_piece_waits_for_another(self) -> None:
         server = mathserver.MathServer("127.0.0.1", 0, PHRASE)
