@@ -87,7 +87,7 @@ class MathServer(socketserver.ThreadingTCPServer):
     """
 
     allow_reuse_address = True
-    request_queue_size = 128
+    request_queue_size = 512  # connections that may wait to be accepted
 
     def __init__(
         self,

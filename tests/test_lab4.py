@@ -186,6 +186,19 @@ def finish(process: "subprocess.Popen[bytes]", port: int) -> Run:
     return Run(stdout, said, process.returncode)
 
 
+def wait_until_blocked(process: "subprocess.Popen[bytes]") -> None:
+    """Wait until lab4.py sleeps in a system call.
+
+    Python heeds a signal between two of its instructions or by the end of a system call
+    that it interrupts; one that comes right between those waits for the call's own end.
+    """
+    state = ""
+    while state not in ("S", "Z"):
+        os.sched_yield()
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+        state = stat.rpartition(")")[2].split()[0]
+
+
 def meet(serve: Callable[[socket.socket], None]) -> Run:
     """Run lab4.py against a server that does `serve` and then closes."""
     with meeting() as (process, peer):
@@ -438,6 +451,7 @@ class FaultTest(unittest.TestCase):
         for start in (b"", question(1, 2)[:5], SECRET[:8]):
             with self.subTest(start=start), meeting() as (process, peer):
                 peer.sendall(start)
+                wait_until_blocked(process)
                 process.send_signal(signal.SIGINT)
                 self.assertEqual(finish(process, 0), Run(b"", "", 130))
 
