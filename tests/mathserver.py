@@ -129,7 +129,7 @@ class MathServer(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def server_close(self) -> None:
-        """Stop listening, hang up on every client and wait until all have been told."""
+        """Stop listening, hang up on every client and wait for the conversations."""
         for connection in tuple(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

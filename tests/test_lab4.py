@@ -141,17 +141,18 @@ def command(*arguments: object) -> List[str]:
     return [sys.executable, SCRIPT, *map(str, arguments)]
 
 
-def run(*arguments: object, **options: Any) -> Run:
-    """Run lab4.py with these arguments to its end."""
+def run_command(line: List[str], **options: Any) -> Run:
+    """Run a command line to its end."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     done = subprocess.run(
-        command(*arguments),
-        stdin=subprocess.DEVNULL,
-        timeout=TIMEOUT,
-        check=False,
-        **streams,
+        line, stdin=subprocess.DEVNULL, timeout=TIMEOUT, check=False, **streams
     )
     return Run(done.stdout, done.stderr.decode(), done.returncode)
+
+
+def run(*arguments: object, **options: Any) -> Run:
+    """Run lab4.py with these arguments to its end."""
+    return run_command(command(*arguments), **options)
 
 
 @contextlib.contextmanager
@@ -273,14 +274,7 @@ class CommandTest(unittest.TestCase):
     def test_the_script_is_executable(self) -> None:
         with MathServer("127.0.0.1", 0, PHRASE, 1) as server, server.serving():
             port = str(server.server_address[1])
-            done = subprocess.run(
-                [SCRIPT, "127.0.0.1", port],
-                capture_output=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
-        seen = Run(done.stdout, done.stderr.decode(), done.returncode)
-        self.assert_prints(PHRASE, seen)
+            self.assert_prints(PHRASE, run_command([SCRIPT, "127.0.0.1", port]))
 
     def test_the_phrase_is_printed_byte_for_byte_in_any_locale(self) -> None:
         locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -473,20 +467,10 @@ class FaultTest(unittest.TestCase):
 
     def test_stdout_may_be_closed(self) -> None:
         with MathServer("127.0.0.1", 0, PHRASE, 0) as server, server.serving():
-            done = subprocess.run(
-                [
-                    "sh",
-                    "-c",
-                    'exec "$@" >&-',
-                    "sh",
-                    *command("127.0.0.1", server.server_address[1]),
-                ],
-                stderr=subprocess.PIPE,
-                timeout=TIMEOUT,
-                check=False,
-            )
-        fault = b"lab4.py: writing to standard output failed: Bad file descriptor\n"
-        self.assertEqual((done.stderr, done.returncode), (fault, 1))
+            line = command("127.0.0.1", server.server_address[1])
+            seen = run_command(["sh", "-c", 'exec "$@" >&-', "sh", *line])
+        fault = "writing to standard output failed: Bad file descriptor"
+        self.assert_fault(seen, fault)
 
 
 if __name__ == "__main__":

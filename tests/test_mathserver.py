@@ -18,6 +18,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import mathserver
+from test_lab4 import has_ipv6, reset
 
 SCRIPT = mathserver.__file__
 LAB4 = str(Path(SCRIPT).resolve().parent.parent / "lab4.py")
@@ -47,9 +48,11 @@ class Client:
             raise AssertionError(f"{tag!r} is not the tag of a question")
         return first, second
 
-    def answer(self) -> None:
-        """Answer the next question right."""
-        self.sock.sendall(sum(self.question()).to_bytes(4, "big"))
+    def answer(self) -> Tuple[int, int]:
+        """Answer the next question right, and return its operands."""
+        operands = self.question()
+        self.sock.sendall(sum(operands).to_bytes(4, "big"))
+        return operands
 
     def rest(self) -> bytes:
         """Return what comes until the server closes."""
@@ -57,10 +60,8 @@ class Client:
 
     def reset(self) -> None:
         """Close the connection with a reset instead of an end of stream."""
-        linger = struct.pack("ii", 1, 0)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.stream.close()
-        self.sock.close()
+        reset(self.sock)
 
 
 def whole_conversation(address: Any, questions: int) -> bytes:
@@ -131,11 +132,7 @@ class ConversationTest(unittest.TestCase):
 
     def test_operands_are_random_over_31_bits(self) -> None:
         with self.serving(200) as address, Client(address) as client:
-            operands = []
-            for _ in range(200):
-                first, second = client.question()
-                operands += [first, second]
-                client.sock.sendall((first + second).to_bytes(4, "big"))
+            operands = [operand for _ in range(200) for operand in client.answer()]
         self.assertLess(max(operands), 2**31)
         self.assertGreater(max(operands), 2**30)
         self.assertLess(min(operands), 2**29)
@@ -260,9 +257,8 @@ class ConversationTest(unittest.TestCase):
                 self.assertEqual(set(ends), {b"S" + PHRASE})
         self.assertEqual(len(self.log), 500)
 
+    @unittest.skipUnless(has_ipv6(), "this machine has no IPv6")
     def test_it_may_listen_on_ipv6(self) -> None:
-        if not socket.has_dualstack_ipv6():
-            self.skipTest("this machine has no IPv6")
         with self.serving(1, host="::1") as address, Client(address) as client:
             client.answer()
             self.assertEqual(client.rest(), b"S" + PHRASE)
@@ -381,9 +377,6 @@ class CommandTest(unittest.TestCase):
         def leave(client: Client) -> None:
             client.question()
 
-        def reset(client: Client) -> None:
-            client.reset()
-
         def reset_inside_an_answer(client: Client) -> None:
             client.question()
             client.sock.sendall(b"\0\0")
@@ -395,7 +388,7 @@ class CommandTest(unittest.TestCase):
 
         process = self.start()
         address = self.address(process)
-        for deed in (leave, reset, reset_inside_an_answer, send_garbage):
+        for deed in (leave, Client.reset, reset_inside_an_answer, send_garbage):
             with self.subTest(deed.__name__):
                 with Client(address) as client:
                     deed(client)
