@@ -2,56 +2,38 @@
 """Answer a math server's addition questions over TCP and print its secret phrase."""
 
 import argparse
-import os
+import signal
 import socket
 import struct
 import sys
-from typing import Tuple
 
-# The wire format; its integers are unsigned 32-bit and big-endian.
-FRAME = struct.Struct("c8s")  # from the server: a tag and a payload
+# The wire format: "!" is big-endian, "I" an unsigned 32-bit integer.
+FRAME_SIZE = 9  # from the server: a tag of 1 byte and a payload of 8
+QUESTION, SECRET = b"Q", b"S"  # the tags
 OPERANDS = struct.Struct("!II")  # the payload of a question
 ANSWER = struct.Struct("!I")  # to the server: the sum
-QUESTION, SECRET = b"Q", b"S"  # the tags
 
 
 def main() -> None:
     """Print the secret phrase of the server named in argv, or exit with one line."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends any wait at once
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("host", help="host name or address of the math server")
-    parser.add_argument("port", help="its TCP port, 1 to 65535", type=port_number)
-    arguments = parser.parse_args()
-    doing = "writing to standard output"
+    parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
+    args = parser.parse_args()
+    if not 1 <= args.port <= 65535:  # else taken modulo 65536: 70000 would mean 4464
+        parser.error(f"argument port: {args.port} is not from 1 to 65535")
+    failure = f"lab4.py: cannot print the phrase from {args.host!r} port {args.port}"
     try:
-        # Its own file, since sys.stdout may hide a failed write until the exit; opened
-        # first, since a socket would get the number of a closed standard output.
-        with open(os.dup(1), "wb") as stdout:
-            doing = f"talking to {arguments.host!r} port {arguments.port}"
-            with socket.create_connection((arguments.host, arguments.port)) as sock:
-                phrase = answer_questions(sock)
-            doing = "writing to standard output"
+        # Unlike socket and connect, it tries all addresses of the host, IPv6 too.
+        with socket.create_connection((args.host, args.port)) as sock:
+            phrase = answer_questions(sock)
+        with open(1, "wb") as stdout:  # print is for text; a phrase may be any bytes
             stdout.write(phrase + b"\n")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        reason = error.strerror
-    except UnicodeError:  # a host name goes through the codec "idna" first
-        reason = "not a valid host name"
-    except (EOFError, ValueError) as error:
-        reason = str(error)
-    else:
-        return
-    sys.exit(f"lab4.py: {doing} failed: {reason}")
-
-
-def port_number(text: str) -> int:
-    """Return the TCP port, 1 to 65535, that `text` spells in decimal digits.
-
-    Raise argparse.ArgumentTypeError for any other text.
-    """
-    if text not in map(str, range(1, 65536)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 to 65535")
-    return int(text)
+    except UnicodeError:  # stands first, since it is a kind of ValueError
+        sys.exit(f"{failure}: not a valid host name")
+    except (EOFError, OSError, ValueError) as error:
+        sys.exit(f"{failure}: {getattr(error, 'strerror', error)}")
 
 
 def answer_questions(sock: socket.socket) -> bytes:
@@ -60,29 +42,28 @@ def answer_questions(sock: socket.socket) -> bytes:
     Raise ValueError for a frame with an unknown tag, and whatever receive_frame raises.
     """
     while True:
-        tag, payload = receive_frame(sock)
+        frame = receive_frame(sock)
+        tag, payload = frame[:1], frame[1:]
         if tag == SECRET:
             return payload
         if tag != QUESTION:
-            raise ValueError(f"neither a question nor the secret: {tag + payload!r}")
+            raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
-        sock.sendall(ANSWER.pack((first + second) % 2**32))
+        sock.sendall(ANSWER.pack((first + second) % 2**32))  # 4 bytes hold no more
 
 
-def receive_frame(sock: socket.socket) -> Tuple[bytes, bytes]:
-    """Return the tag (1 byte) and payload (8 bytes) of the next frame on `sock`.
+def receive_frame(sock: socket.socket) -> bytes:
+    """Return the next 9 bytes on `sock`, one frame, in however many pieces they come.
 
-    Take nothing beyond the frame from the stream, in however many pieces it arrives.
     Raise EOFError if the stream ends first, and OSError if the connection fails.
     """
     frame = b""
-    while len(frame) < FRAME.size:
-        piece = sock.recv(FRAME.size - len(frame))
-        if not piece:
-            count = f"{len(frame)} of the {FRAME.size} bytes of a frame"
-            raise EOFError(f"it closed before the secret phrase came, after {count}")
+    while len(frame) < FRAME_SIZE:
+        piece = sock.recv(FRAME_SIZE - len(frame))  # nothing of the next frame
+        if not piece:  # the stream has ended
+            raise EOFError(f"closed after {len(frame)} of a frame's {FRAME_SIZE} bytes")
         frame += piece
-    return FRAME.unpack(frame)
+    return frame
 
 
 if __name__ == "__main__":
