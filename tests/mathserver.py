@@ -1,82 +1,102 @@
 #!/usr/bin/env python3
-"""Practice math server: ask addition questions over TCP, then send a secret phrase.
-
-With a COMMAND, serve only while it runs, and exit with its status.
-"""
+"""Ask addition questions over TCP, send a secret phrase, and log what goes wrong."""
 
 import argparse
 import contextlib
 import logging
+import os
 import random
+import secrets
 import signal
 import socket
 import socketserver
-import string
 import struct
 import subprocess
 import sys
 import threading
-import time
-from typing import Any, Iterator, List, Optional, Set
+from typing import Any, Iterator, List, Optional
 
 PAUSE = 0.005  # seconds between the pieces of a frame
+HINT, LIMIT = 5, 600  # seconds of silence until the log tells of it, and until the end
+GRACE = 3  # seconds at most that clients may delay the end after the command's
 LOG = logging.getLogger("mathserver")
 
 
-class Conversation(socketserver.StreamRequestHandler):
+class Conversation(socketserver.BaseRequestHandler):
     """One client's questions and answers, and the secret phrase if all are right."""
 
+    request: socket.socket
     server: "MathServer"
-    timeout = 60  # seconds that a client may be silent
-    disable_nagle_algorithm = True  # else the kernel would join the pieces of a frame
 
     def handle(self) -> None:
-        """Hold the conversation, and log in one line how it ended."""
-        questions = self.server.questions
-        if questions is None:
-            questions = random.randint(5, 12)
+        """Hold the conversation, and log how it ended."""
+        count = random.randint(*self.server.questions)
         try:
-            for number in range(1, questions + 1):
-                stage = f"question {number}: "
+            for number in range(1, count + 1):
+                self.stage = f"question {number}"
                 self.ask()
-            stage = "secret: "
-            self.send(b"S" + self.server.secret)
-            stage, ending = "", f"right answers: {questions}, secret sent"
-        except socket.timeout:
-            ending = f"silent for {self.timeout} seconds"
-        except OSError as error:
-            ending = f"connection lost: {error.strerror}"
-        except (EOFError, ValueError) as error:
-            ending = str(error)
-        LOG.info("%s: %s%s", endpoint(self.client_address), stage, ending)
+            self.stage = "secret"
+            success = f"{self.server.secret!r}, for {count} right answers"
+            self.send(b"S" + self.server.secret, success)
+        except ValueError as mistake:
+            self.log(str(mistake))
 
     def ask(self) -> None:
-        """Ask one question and take its answer, 4 bytes.
-
-        Raise ValueError if it is wrong, EOFError if the stream ends before it does, and
-        OSError if the connection fails.
-        """
+        """Ask a question and take the answer; raise ValueError if it is not right."""
         first, second = random.randrange(2**31), random.randrange(2**31)
+        operands = struct.pack("!II", first, second)
         right = struct.pack("!I", first + second)
-        self.send(struct.pack("!cII", b"Q", first, second))
-        answer = self.rfile.read(len(right))
-        if not answer:
-            raise EOFError("left without an answer")
-        if len(answer) < len(right):
-            raise EOFError(f"left after {len(answer)} of {len(right)} answer bytes")
+        self.send(b"Q" + operands)
+        answer = self.receive_answer()
         if answer != right:
-            fault = f"{first} + {second} is {integer(right)}, not {integer(answer)}"
-            raise ValueError(fault)
+            misread = struct.pack("<I", sum(struct.unpack("<II", operands)) % 2**32)
+            mirrored = answer in (right[::-1], misread, misread[::-1])
+            note = ", which is little-endian" if mirrored else ""
+            total = f"{first} + {second} is {first + second}, in 4 bytes {right!r}"
+            raise ValueError(f"{total}, not {answer!r}{note}")
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame, 9 bytes: whole if the server says so, else in 2 to 4 pieces."""
-        cuts: List[int] = []
-        if not self.server.whole_frames:
-            cuts = sorted(random.sample(range(1, len(frame)), random.randint(1, 3)))
-        for start, end in zip([0, *cuts], [*cuts, len(frame)]):
-            if start:
-                time.sleep(PAUSE)
-            self.wfile.write(frame[start:end])
+    def receive_answer(self) -> bytes:
+        """Return all that comes, 4 bytes or more; raise ValueError if that does not."""
+        answer, patience = b"", HINT
+        while len(answer) < 4:
+            piece = self.receive(patience)
+            count = f"{len(answer)} of the 4 bytes of the answer: {answer!r}"
+            if piece is None and patience == HINT:
+                self.log(f"still waiting after {count}")
+                patience = LIMIT - HINT
+            elif not piece:
+                ending = f"silent for {LIMIT} s" if piece is None else "left"
+                raise ValueError(f"{ending} after {count}")
+            answer += piece or b""
+        return answer + (self.receive(self.server.pause) or b"")
+
+    def send(self, frame: bytes, success: str = "") -> None:
+        """Send a frame, 9 bytes; raise ValueError if the client does not await it."""
+        count = random.randint(1, 3) if self.server.pause else 0
+        cuts = sorted(random.sample(range(1, 9), count))
+        for start, end in zip([0, *cuts], [*cuts, 9]):
+            early = self.receive(PAUSE if start else 0)
+            if early is not None:
+                what = f"too early: {early!r} came" if early else "left"
+                when = f"when only {start} of its 9 bytes had been sent"
+                raise ValueError(f"{what} {when}; receive until all are there")
+            if success and end == 9:
+                self.log(success)
+            with contextlib.suppress(OSError):  # receive() tells that the client left
+                self.request.sendall(frame[start:end])
+
+    def receive(self, seconds: float) -> Optional[bytes]:
+        """Return what comes in this time, b"" if the client leaves, None if nothing."""
+        self.request.settimeout(seconds)
+        try:
+            return self.request.recv(1024)
+        except (socket.timeout, BlockingIOError):
+            return None
+        except OSError:  # a reset, say
+            return b""
+
+    def log(self, text: str) -> None:
+        LOG.info("%s port %s: %s: %s", *self.client_address[:2], self.stage, text)
 
 
 class MathServer(socketserver.ThreadingTCPServer):
@@ -86,7 +106,7 @@ class MathServer(socketserver.ThreadingTCPServer):
     the 8-byte `secret`. Raise OSError or UnicodeError if it cannot listen on `host`.
     """
 
-    allow_reuse_address = True
+    allow_reuse_address = os.name == "posix"  # Windows would share a port that is taken
     request_queue_size = 512  # connections that may wait to be accepted
 
     def __init__(
@@ -98,170 +118,72 @@ class MathServer(socketserver.ThreadingTCPServer):
         whole_frames: bool = False,
     ) -> None:
         self.secret = secret
-        self.questions = questions
-        self.whole_frames = whole_frames
-        self.connections: Set[Any] = set()
+        self.questions = (5, 12) if questions is None else (questions, questions)
+        self.pause = 0 if whole_frames else PAUSE
         found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         self.address_family, _, _, _, address = found[0]
         super().__init__(address, Conversation)
-
-    def serve_forever(self, poll_interval: float = 0.05) -> None:
-        LOG.info("listening on %s", endpoint(self.server_address))
-        super().serve_forever(poll_interval)
+        # Each connection inherits it; else the kernel would join the pieces of a frame.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Serve in a thread of its own while the block runs."""
-        thread = threading.Thread(target=self.serve_forever)
-        thread.start()
+        """Serve in a thread while the block runs, and whoever has connected by then."""
+        threading.Thread(target=self.serve_forever, args=[0.05]).start()
         try:
             yield
         finally:
             self.shutdown()
-            thread.join()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.connections.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self) -> None:
-        """Stop listening, hang up on every client and wait for the conversations."""
-        for connection in tuple(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        super().server_close()
+            self.socket.setblocking(False)
+            with contextlib.suppress(OSError):  # as nobody waits any more
+                while True:
+                    self.process_request(*self.get_request())
 
 
-def integer(field: bytes) -> str:
-    """Return a big-endian integer's value and its bytes, for a line of the log."""
-    return f"{int.from_bytes(field, 'big')} ({field.hex(' ')})"
-
-
-def endpoint(address: Any) -> str:
-    """Return the host and port of an IPv4 or IPv6 socket address in words."""
-    return f"{address[0]} port {address[1]}"
-
-
-def port_number(text: str) -> int:
-    """Return the TCP port that `text` spells, 0 to 65535."""
-    if text not in map(str, range(65536)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 to 65535")
-    return int(text)
-
-
-def question_count(text: str) -> int:
-    """Return the number that `text` spells, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
-    return int(text)
-
-
-def secret_phrase(text: str) -> bytes:
-    """Return `text` in UTF-8, 8 bytes."""
-    phrase = text.encode()
-    if len(phrase) != 8:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 8 bytes long in UTF-8")
-    return phrase
-
-
-def serve(server: MathServer, command: List[str]) -> int:
-    """Serve while `command` runs, or for good if it is empty, or until a signal comes.
-
-    Return the exit status as a shell tells it: the command's, or 128 + the signal's
-    number. Raise OSError if the command cannot be started.
-    """
-    child = subprocess.Popen(command) if command else None
-    awaited = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    with server.serving():
-        while child is None or child.poll() is None:
-            number = signal.sigwait(awaited)
-            if number == signal.SIGCHLD:
-                continue
-            logging.disable()  # how a conversation ends now is not the client's doing
-            if child:
-                child.kill()
-                child.wait()
-            return 128 + number
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Return what the command line says, or exit with the usage and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="mathserver.py",
-        usage="%(prog)s [OPTION ...] [COMMAND ...]",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "--bind",
-        metavar="ADDRESS",
-        default="127.0.0.1",
-        help="address to listen on (default: %(default)s, this machine only)",
-    )
-    parser.add_argument(
-        "--port",
-        type=port_number,
-        default=8000,
-        help="port to listen on, 0 for any free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--questions",
-        metavar="COUNT",
-        type=question_count,
-        help="questions in each conversation (default: 5 to 12 at random)",
-    )
-    parser.add_argument(
-        "--secret",
-        metavar="PHRASE",
-        type=secret_phrase,
-        default="".join(random.choices(string.ascii_letters + string.digits, k=8)),
-        help="secret phrase, 8 bytes in UTF-8 (default: drawn at each start)",
-    )
-    parser.add_argument(
-        "--whole-frames",
-        action="store_true",
-        help="send each frame in one piece (default: in pieces that arrive apart)",
-    )
-    parser.add_argument(
-        "command",
-        metavar="COMMAND ...",
-        nargs=argparse.REMAINDER,
-        help="serve only while this command runs, and exit with its status",
-    )
-    arguments = parser.parse_args()
-    if arguments.command[:1] == ["--"]:
-        del arguments.command[0]
-    return arguments
+def run(command: List[str]) -> int:
+    """Run `command`; return its status, 128 + N for a signal, 127 if it cannot run."""
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        LOG.error("cannot run %r: %s", command[0], error.strerror)
+        return 127
+    return status if status >= 0 else 128 - status
 
 
 def main() -> int:
     """Serve as the command line says, and return the exit status."""
-    arguments = parse_arguments()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free port")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="serve while it runs")
+    args = parser.parse_args()
+    if not 0 <= args.port <= 65535:  # else taken modulo 65536
+        parser.error(f"argument --port: {args.port} is not from 0 to 65535")
+    if args.command[:1] == ["--"]:
+        del args.command[0]
     logging.basicConfig(level=logging.INFO, format="mathserver.py: %(message)s")
     try:
-        server = MathServer(
-            arguments.bind,
-            arguments.port,
-            arguments.secret,
-            arguments.questions,
-            arguments.whole_frames,
-        )
+        server = MathServer(args.bind, args.port, secrets.token_urlsafe(6).encode())
     except (OSError, UnicodeError) as error:
-        wanted = endpoint((arguments.bind, arguments.port))
         reason = getattr(error, "strerror", "not a valid host name")
-        LOG.error("cannot listen on %s: %s", wanted, reason)
+        LOG.error("cannot listen on %s port %s: %s", args.bind, args.port, reason)
         return 1
     with server:
-        try:
-            return serve(server, arguments.command)
-        except OSError as error:
-            LOG.error("cannot run %r: %s", arguments.command[0], error.strerror)
-            return 127 if isinstance(error, FileNotFoundError) else 126
+        LOG.info("listening on %s port %s", *server.server_address[:2])
+        if not args.command:
+            server.serve_forever()  # until a signal ends the process
+        with server.serving():
+            status = run(args.command)
+            # Leaving these blocks waits for all conversations, but not for ever.
+            limit = threading.Timer(GRACE, os._exit, [status])
+            limit.daemon = True
+            limit.start()
+    return status
 
 
 if __name__ == "__main__":
