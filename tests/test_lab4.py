@@ -1,9 +1,9 @@
 """Tests of lab4.py: the protocol on real sockets, and the command as a user runs it."""
 
 import contextlib
+import errno
 import itertools
 import os
-import select
 import signal
 import socket
 import struct
@@ -11,467 +11,243 @@ import subprocess
 import sys
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mathserver import MathServer
 
 import lab4
 
-SCRIPT = lab4.__file__
+PYTHON = (sys.executable, "-S", "-W", "error")  # no packages, and no warnings
+COMMAND = (*PYTHON, lab4.__file__)
 TIMEOUT = 30  # seconds, for things that take a fraction of one
 PHRASE = b"\x00\xff\r\n\x1b[2J"  # unfit for decoders and terminals
 SECRET = b"S" + PHRASE
-EDGES = (0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2, 2**32 - 1)
-Case = TypeVar("Case")
-Result = TypeVar("Result")
-
-
-def question(first: int, second: int) -> bytes:
-    return b"Q" + first.to_bytes(4, "big") + second.to_bytes(4, "big")
+QUESTION, ANSWER = b"Q\0\0\0\1\xff\0\0\1", b"\xff\0\0\2"
+ENVIRONMENT = {  # in which it is known how a process writes and how long it looks up
+    **os.environ,
+    **{"COLUMNS": "200", "NO_COLOR": "1", "RES_OPTIONS": "attempts:1 timeout:1"},
+    **{"PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"},
+}
+socket.setdefaulttimeout(TIMEOUT)  # so that no test hangs
 
 
 class TracedSocket(socket.socket):
-    """A real socket that notes the calls on it; its recv ends where a piece ends."""
+    """A real socket that notes the calls on it; its recv takes nothing past a stop."""
 
-    def __init__(self, sock: socket.socket, pieces: Iterable[int] = ()) -> None:
+    def __init__(self, sock: socket.socket, stops: Iterable[int] = ()) -> None:
         super().__init__(fileno=sock.detach())
-        self.pieces = list(pieces)
+        self.position, self.stops = 0, list(stops)  # in the stream that arrives
         self.calls: List[Tuple[str, int]] = []
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         self.calls.append(("recv", size))
-        if not self.pieces:
-            return super().recv(size, flags)
-        data = super().recv(min(size, self.pieces[0]), flags)
-        self.pieces[0] -= len(data)
-        if not self.pieces[0]:
-            del self.pieces[0]
+        ahead = [stop - self.position for stop in self.stops if stop > self.position]
+        data = super().recv(min([size, *ahead]), flags)
+        self.position += len(data)
         return data
 
-    def send(self, data: Any, flags: int = 0, /) -> int:
-        self.calls.append(("send", len(data)))
-        return super().send(data, flags)
-
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        self.calls.append(("send", len(data)))
+        self.calls.append(("sendall", len(data)))
         super().sendall(data, flags)
 
 
-class Exchange(NamedTuple):
-    phrase: bytes
-    answers: bytes
-    rest: bytes  # of the stream, left on the socket
-    calls: List[Tuple[str, int]]
-
-
-def exchange(stream: bytes, pieces: Iterable[int] = ()) -> Exchange:
-    """Let the protocol run on a socket on which `stream` arrives in `pieces`."""
-    near, far = socket.socketpair()
-    with near, TracedSocket(far, pieces) as sock:
-        near.sendall(stream)
-        near.shutdown(socket.SHUT_WR)
-        phrase = lab4.answer_questions(sock)
-        calls = sock.calls[:]
-        with sock.makefile("rb") as left:
-            rest = left.read()
-        sock.shutdown(socket.SHUT_WR)
-        with near.makefile("rb") as sent:
-            return Exchange(phrase, sent.read(), rest, calls)
-
-
 class ProtocolTest(unittest.TestCase):
-    """answer_questions on one end of a socket pair."""
+    def exchange(self, stream: bytes, stops: Iterable[int] = ()) -> Any:
+        """Let `stream` arrive; return the calls that took, the answers and the rest."""
+        near, far = socket.socketpair()
+        with near, TracedSocket(far, stops) as sock:
+            near.sendall(stream)
+            near.shutdown(socket.SHUT_WR)
+            self.assertEqual(lab4.answer_questions(sock), PHRASE)
+            calls, rest = sock.calls[:], sock.recv(4096)
+            sock.shutdown(socket.SHUT_WR)
+            with near.makefile("rb") as answers:
+                return calls, answers.read(), rest
 
     def test_a_frame_may_arrive_in_any_pieces(self) -> None:
-        ways = 0
-        for count in range(9):
-            for cuts in itertools.combinations(range(1, 9), count):
-                ends = (*cuts, 9)
-                pieces = [end - start for start, end in zip((0, *cuts), ends)]
-                with self.subTest(pieces=pieces):
-                    seen = exchange(question(2**31, 77) + SECRET, pieces * 2)
-                    self.assertEqual(seen.phrase, PHRASE)
-                    self.assertEqual(seen.answers, (2**31 + 77).to_bytes(4, "big"))
-                    asked = [size for call, size in seen.calls if call == "recv"]
-                    missing = [9 - start for start in (0, *cuts)]
-                    self.assertEqual(asked, missing * 2)
-                ways += 1
-        self.assertEqual(ways, 256)
+        for chosen in itertools.product((False, True), repeat=8):
+            cuts = list(itertools.compress(range(1, 9), chosen))
+            with self.subTest(cuts=cuts):
+                stops = cuts + [9 + cut for cut in cuts]
+                calls, *seen = self.exchange(QUESTION + SECRET + b"Q and more", stops)
+                self.assertEqual(seen, [ANSWER, b"Q and more"])
+                self.assertEqual(len(calls), len(stops) + 3)
 
     def test_a_whole_question_costs_one_recv_and_one_send(self) -> None:
-        for count in (0, 1, 100):
-            seen = exchange(question(1, 2) * count + SECRET)
-            calls = [("recv", 9), ("send", 4)] * count + [("recv", 9)]
-            self.assertEqual(seen.calls, calls)
-
-    def test_what_follows_the_secret_stays_on_the_socket(self) -> None:
-        seen = exchange(question(1, 2) + SECRET + b"Q and more")
-        self.assertEqual(seen.rest, b"Q and more")
+        for count in (0, 1, 50):
+            calls, *_ = self.exchange(QUESTION * count + SECRET)
+            expected = [("recv", 9), ("sendall", 4)] * count + [("recv", 9)]
+            self.assertEqual(calls, expected)
 
     def test_sums_are_big_endian_and_wrap_at_32_bits(self) -> None:
-        pairs = list(itertools.product(EDGES, repeat=2))
-        pairs += [(0x01020304, 0x10203040), (0xFFFFFFFF, 0x80000001)]
-        seen = exchange(b"".join(question(*pair) for pair in pairs) + SECRET)
-        for index, (first, second) in enumerate(pairs):
-            with self.subTest(first=first, second=second):
-                answer = seen.answers[4 * index : 4 * index + 4]
-                right = (first + second) & 0xFFFFFFFF
-                self.assertEqual(answer, right.to_bytes(4, "big"))
-        self.assertEqual(len(seen.answers), 4 * len(pairs))
+        edges = (0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 0x01020304)
+        pairs = list(itertools.product(edges, repeat=2))
+        questions = b"".join(struct.pack(">cII", b"Q", *pair) for pair in pairs)
+        _, answers, _ = self.exchange(questions + SECRET)
+        sums = [sum(pair) & 0xFFFFFFFF for pair in pairs]
+        self.assertEqual(list(struct.unpack(f">{len(sums)}I", answers)), sums)
 
     def test_every_other_tag_is_refused(self) -> None:
         for tag in set(range(256)) - set(b"QS"):
             frame = bytes([tag]) + PHRASE
             with self.subTest(tag=tag), self.assertRaises(ValueError) as caught:
-                exchange(frame)
+                self.exchange(frame)
             self.assertIn(repr(frame), str(caught.exception))
 
-
-class Run(NamedTuple):
-    stdout: bytes
-    stderr: str
-    status: int
-
-
-def command(*arguments: object) -> List[str]:
-    return [sys.executable, SCRIPT, *map(str, arguments)]
-
-
-def run_command(line: List[str], **options: Any) -> Run:
-    """Run a command line to its end."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    done = subprocess.run(
-        line, stdin=subprocess.DEVNULL, timeout=TIMEOUT, check=False, **streams
-    )
-    return Run(done.stdout, done.stderr.decode(), done.returncode)
-
-
-def run(*arguments: object, **options: Any) -> Run:
-    """Run lab4.py with these arguments to its end."""
-    return run_command(command(*arguments), **options)
+    def test_the_stream_may_end_before_the_secret_is_complete(self) -> None:
+        for frame, size in itertools.product((QUESTION, SECRET), range(9)):
+            with self.subTest(frame=frame, size=size):
+                with self.assertRaises(EOFError) as caught:
+                    self.exchange(QUESTION + frame[:size])
+                self.assertRegex(str(caught.exception), rf"\b{size} of .*\b9\b")
 
 
 @contextlib.contextmanager
-def meeting(
-    stdout: int = subprocess.PIPE,
-) -> Iterator[Tuple["subprocess.Popen[bytes]", socket.socket]]:
-    """Start lab4.py and yield it together with the server's end of its connection."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        process: Any = stack.enter_context(
-            subprocess.Popen(
-                command(*listener.getsockname()),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=subprocess.PIPE,
-            )
-        )
-        stack.callback(process.kill)
-        # stderr is ready too when the process has ended, for then nobody will connect
-        ready = select.select([listener, process.stderr], [], [], TIMEOUT)[0]
-        if listener not in ready:
-            raise AssertionError("lab4.py did not connect")
-        peer = stack.enter_context(listener.accept()[0])
-        peer.settimeout(TIMEOUT)
-        yield process, peer
+def started(*line: object, **options: Any) -> Iterator[Any]:
+    """Start a command line; kill what still runs at the end of the block."""
+    pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
+    words = [str(word).encode() for word in line]  # UTF-8, as the environment says
+    with subprocess.Popen(words, **{**pipes, **options}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def finish(process: "subprocess.Popen[bytes]", port: int) -> Run:
-    """Wait for the end of lab4.py, and write PORT for its server's port."""
-    stdout, stderr = process.communicate(timeout=TIMEOUT)
-    said = stderr.decode().replace(f" port {port} ", " port PORT ")
-    return Run(stdout, said, process.returncode)
+def finish(process: Any, stdin: bytes = b"") -> Tuple[bytes, str, int]:
+    """Wait for the end of a process; return its stdout, stderr and exit status."""
+    stdout, stderr = process.communicate(stdin, TIMEOUT)
+    return stdout or b"", stderr.decode(), process.returncode
 
 
-def wait_until_blocked(process: "subprocess.Popen[bytes]") -> None:
-    """Wait until lab4.py sleeps in a system call.
-
-    Python heeds a signal between two of its instructions or by the end of a system call
-    that it interrupts; one that comes right between those waits for the call's own end.
-    """
-    state = ""
-    while state not in ("S", "Z"):
-        os.sched_yield()
-        stat = Path(f"/proc/{process.pid}/stat").read_text()
-        state = stat.rpartition(")")[2].split()[0]
+def run(*line: object) -> Tuple[bytes, str, int]:
+    with started(*line) as process:
+        return finish(process)
 
 
-def meet(serve: Callable[[socket.socket], None]) -> Run:
-    """Run lab4.py against a server that does `serve` and then closes."""
-    with meeting() as (process, peer):
-        port = peer.getsockname()[1]
-        serve(peer)
-        peer.close()
-        return finish(process, port)
+def meet(stream: bytes, *deeds: Any, prefix: Any = (), **options: Any) -> Any:
+    """Run lab4.py against a server of `stream` and deeds; return its address first."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        line = (*prefix, *COMMAND, *listener.getsockname())
+        with started(*line, **options) as process, listener.accept()[0] as peer:
+            peer.sendall(stream)
+            for deed in deeds:
+                deed(peer, process)
+            return listener.getsockname(), finish(process)
 
 
-def each(
-    function: Callable[[Case], Result], cases: Iterable[Case]
-) -> List[Tuple[Case, Result]]:
-    """Return all cases with their results, had from some processes at a time."""
+def each(function: Callable[..., Any], cases: Iterable[Any]) -> List[Tuple[Any, Any]]:
+    """Return all cases with what `function` makes of them, some at a time."""
     cases = list(cases)
     with ThreadPoolExecutor(4) as pool:
-        return list(zip(cases, pool.map(function, cases)))
+        return list(zip(cases, pool.map(lambda case: function(*case), cases)))
 
 
-def send(stream: bytes) -> Callable[[socket.socket], None]:
-    return lambda peer: peer.sendall(stream)
+def close(sock: socket.socket, *_: object) -> None:
+    sock.close()
 
 
-def ask(peer: socket.socket) -> bytes:
-    """Ask 1 + 2 and return the answer."""
-    peer.sendall(question(1, 2))
-    return peer.recv(4, socket.MSG_WAITALL)
-
-
-def reset(peer: socket.socket) -> None:
+def reset(sock: socket.socket, *_: object) -> None:
     """Close the connection with a reset instead of an end of stream."""
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    peer.close()
-
-
-def has_ipv6() -> bool:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
-
-
-def setUpModule() -> None:
-    # A shell has its background jobs ignore SIGINT, and lab4.py would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 class CommandTest(unittest.TestCase):
-    """The command, against servers that keep to the protocol."""
+    def assert_fault(self, reason: str, address: Any, seen: Any) -> None:
+        stdout, stderr, status = seen
+        self.assertEqual((stdout, status), (b"", 1))
+        self.assertRegex(stderr, r"\Alab4\.py: .*\n\Z")
+        self.assertTrue(stderr[:-1].isprintable(), stderr)
+        for word in (repr(address[0])[1:-1], f" {address[1]}: ", f"{reason}\n"):
+            self.assertIn(word, stderr)
+        self.assertNotIn("Errno", stderr)
 
-    def assert_prints(self, phrase: bytes, seen: Run) -> None:
-        self.assertEqual(seen, Run(phrase + b"\n", "", 0))
+    def test_it_prints_the_phrase_byte_for_byte_in_any_locale(self) -> None:
+        ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+        for environment in (ENVIRONMENT, {**ENVIRONMENT, **ascii_only}):
+            _, seen = meet(QUESTION + SECRET, env=environment)
+            self.assertEqual(seen, (PHRASE + b"\n", "", 0))
 
-    def assert_gets_the_phrase(self, host: str, **options: Any) -> None:
-        with MathServer(host, 0, PHRASE, **options) as server, server.serving():
-            self.assert_prints(PHRASE, run(host, server.server_address[1]))
+    def test_the_host_may_be_a_name_or_an_address(self) -> None:
+        hosts = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1"}
+        for host, bind in hosts.items():
+            with self.subTest(host):
+                try:
+                    server = MathServer(bind, 0, PHRASE, 2)
+                except OSError as error:
+                    self.skipTest(f"this machine has no {bind}: {error}")
+                with server, server.serving():
+                    seen = run(*COMMAND, host, server.server_address[1])
+                self.assertEqual(seen, (PHRASE + b"\n", "", 0))
 
-    def test_it_gets_the_phrase_from_a_server_that_cuts_its_frames(self) -> None:
-        self.assert_gets_the_phrase("127.0.0.1")
+    @unittest.skipUnless(os.name == "posix", "this system has no executable scripts")
+    def test_it_is_executable_and_has_help(self) -> None:
+        stdout, stderr, status = run(lab4.__file__, "--help")
+        self.assertEqual((stderr, status), ("", 0))
+        self.assertIn(b"usage: lab4.py [-h] host port\n", stdout)
 
-    def test_the_host_may_be_a_name(self) -> None:
-        self.assert_gets_the_phrase("localhost", whole_frames=True)
-
-    @unittest.skipUnless(has_ipv6(), "this machine has no IPv6")
-    def test_the_host_may_be_an_ipv6_address(self) -> None:
-        self.assert_gets_the_phrase("::1", whole_frames=True)
-
-    def test_there_may_be_many_questions_or_none(self) -> None:
-        self.assert_gets_the_phrase("127.0.0.1", questions=0)
-        self.assert_gets_the_phrase("127.0.0.1", questions=3000, whole_frames=True)
-
-    def test_the_script_is_executable(self) -> None:
-        with MathServer("127.0.0.1", 0, PHRASE, 1) as server, server.serving():
-            port = str(server.server_address[1])
-            self.assert_prints(PHRASE, run_command([SCRIPT, "127.0.0.1", port]))
-
-    def test_the_phrase_is_printed_byte_for_byte_in_any_locale(self) -> None:
-        locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        for phrase in (PHRASE, b"\xff" * 8, b"\0" * 8, b"\n" * 8, b"        "):
-            with MathServer("127.0.0.1", 0, phrase, 0) as server, server.serving():
-                port = server.server_address[1]
-                seen = run("127.0.0.1", port, env={**os.environ, **locale})
-            with self.subTest(phrase=phrase):
-                self.assert_prints(phrase, seen)
-
-    def test_it_does_not_wait_for_the_server_to_close(self) -> None:
-        with meeting() as (process, peer):
-            self.assertEqual(ask(peer), b"\0\0\0\3")
-            peer.sendall(SECRET)
-            self.assert_prints(PHRASE, finish(process, 0))
-            self.assertEqual(peer.recv(1), b"")
-
-    def test_the_connection_is_closed_before_the_phrase_is_written(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        filler = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                filler += os.write(writer, b".")
-        os.set_blocking(writer, True)
-        with open(reader, "rb") as pipe, meeting(stdout=writer) as (process, peer):
-            os.close(writer)
-            peer.sendall(SECRET)
-            self.assertEqual(peer.recv(1), b"")
-            self.assertIsNone(process.poll())
-            self.assertEqual(pipe.read(), b"." * filler + PHRASE + b"\n")
-            self.assertEqual(finish(process, 0).status, 0)
-
-    def test_help_names_the_arguments(self) -> None:
-        seen = run("--help")
-        self.assertEqual((seen.stderr, seen.status), ("", 0))
-        self.assertIn(b"usage: lab4.py [-h] host port\n", seen.stdout)
-        for word in (b"secret phrase", b"name or address", b"1 to 65535"):
-            self.assertIn(word, b" ".join(seen.stdout.split()))
-
-
-class FaultTest(unittest.TestCase):
-    """The command, when something goes wrong."""
-
-    def assert_fault(self, seen: Run, fault: str) -> None:
-        self.assertEqual(seen, Run(b"", f"lab4.py: {fault}\n", 1))
-
-    def assert_connection_fault(self, seen: Run, reason: str) -> None:
-        self.assert_fault(seen, f"talking to '127.0.0.1' port PORT failed: {reason}")
-
-    def assert_usage_error(self, seen: Run, fault: str) -> None:
-        usage = "usage: lab4.py [-h] host port\n"
-        self.assertEqual(seen, Run(b"", f"{usage}lab4.py: error: {fault}\n", 2))
-
-    def test_there_are_two_arguments(self) -> None:
-        required = "the following arguments are required: "
-        self.assert_usage_error(run(), required + "host, port")
-        self.assert_usage_error(run("localhost"), required + "port")
-        extra = run("localhost", 8000, "more")
-        self.assert_usage_error(extra, "unrecognized arguments: more")
-
-    def test_a_port_is_a_whole_number_from_1_to_65535(self) -> None:
-        ports = ["http", "", "-1", "0", "65536", "70000", "8000.0", "0x1f40", 2**70]
-        for port, seen in each(lambda port: run("localhost", port), map(str, ports)):
-            with self.subTest(port=port):
-                fault = f"{port!r} is not a whole number, 1 to 65535"
-                self.assert_usage_error(seen, f"argument port: {fault}")
-
-    def test_the_lowest_and_the_highest_port_are_ports(self) -> None:
-        for port in (1, 65535):
-            with self.subTest(port=port):
-                fault = f"talking to 'a..b' port {port} failed: not a valid host name"
-                self.assert_fault(run("a..b", port), fault)
-
-    def test_a_host_name_may_be_no_host_name(self) -> None:
-        for host in ("a..b", ".", "a" * 64, f"www.{'b' * 64}.example"):
-            with self.subTest(host=host):
-                fault = f"talking to '{host}' port 8000 failed: not a valid host name"
-                self.assert_fault(run(host, 8000), fault)
-
-    def test_a_host_name_may_be_unknown(self) -> None:
-        quick = {**os.environ, "RES_OPTIONS": "attempts:1 timeout:1"}
-        for host in ("", "a b", "nosuch.invalid", "ñandú.invalid"):
-            with self.subTest(host=host):
-                seen = run(host, 8000, env=quick)
-                line = f"lab4.py: talking to '{host}' port 8000 failed: [A-Z][a-z ]+\n"
-                self.assertRegex(seen.stderr, f"^{line}$")
-                self.assertEqual((seen.stdout, seen.status), (b"", 1))
-
-    def refused(self, host: str, family: socket.AddressFamily) -> None:
-        with socket.socket(family) as taken:
-            taken.bind((host, 0))  # and not listening
-            port = taken.getsockname()[1]
-            fault = f"talking to '{host}' port {port} failed: Connection refused"
-            self.assert_fault(run(host, port), fault)
-
-    def unreachable(self, multicast: str) -> None:
-        # Nobody can be connected to at a multicast address, with or without a network.
-        fault = f"talking to '{multicast}' port 8000 failed: Network is unreachable"
-        self.assert_fault(run(multicast, 8000), fault)
+    def test_wrong_arguments_are_a_usage_error(self) -> None:
+        ports = ("http", "", "-1", "0", "65536", "8000.0")
+        named: Dict[Tuple[object, ...], str] = {("h", port): "port" for port in ports}
+        named.update({(): "host", ("h",): "port", ("h", 1, "more"): "more"})
+        for case, (stdout, stderr, status) in each(partial(run, *COMMAND), named):
+            with self.subTest(case):
+                self.assertEqual((stdout, status), (b"", 2))
+                fault = rf"\Ausage: lab4\.py .*\nlab4\.py: error: .*\b{named[case]}\b"
+                self.assertRegex(stderr, fault)
 
     def test_nobody_may_be_there(self) -> None:
-        self.refused("127.0.0.1", socket.AF_INET)
-        self.unreachable("224.0.0.1")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # and does not listen
+            reasons = {
+                taken.getsockname(): os.strerror(errno.ECONNREFUSED),
+                **{("224.0.0.1", port): "" for port in (1, 65535)},  # for many, not one
+                **{(host, 1): "" for host in ("", "ñandú", "a\x1bb")},
+                **{(host, 1): "not a valid host name" for host in ("a..b", "a" * 64)},
+            }
+            for address, seen in each(partial(run, *COMMAND), reasons):
+                with self.subTest(address):
+                    self.assert_fault(reasons[address], address, seen)
 
-    @unittest.skipUnless(has_ipv6(), "this machine has no IPv6")
-    def test_nobody_may_be_there_on_ipv6(self) -> None:
-        self.refused("::1", socket.AF_INET6)
-        self.unreachable("ff02::1")
-
-    def test_the_server_may_close_before_the_secret_is_complete(self) -> None:
-        for frame in (question(1, 2), SECRET):
-            starts = [frame[:size] for size in range(9)]
-            for start, seen in each(lambda start: meet(send(start)), starts):
-                with self.subTest(start=start):
-                    self.assert_connection_fault(
-                        seen,
-                        "it closed before the secret phrase came, "
-                        f"after {len(start)} of the 9 bytes of a frame",
-                    )
-
-    def test_the_server_may_close_after_right_answers(self) -> None:
-        for answers in (1, 2, 5):
-
-            def serve(peer: socket.socket, answers: int = answers) -> None:
-                for _ in range(answers):
-                    self.assertEqual(ask(peer), b"\0\0\0\3")
-
-            with self.subTest(answers=answers):
-                self.assert_connection_fault(
-                    meet(serve),
-                    "it closed before the secret phrase came, "
-                    "after 0 of the 9 bytes of a frame",
-                )
-
-    def test_the_server_may_reset_the_connection(self) -> None:
-        def inside_a_frame(peer: socket.socket) -> None:
-            peer.sendall(question(1, 2)[:5])
-            reset(peer)
-
-        def with_the_answer_unread(peer: socket.socket) -> None:
-            peer.sendall(question(1, 2))
-            peer.recv(4, socket.MSG_WAITALL | socket.MSG_PEEK)
-            peer.close()
-
-        for serve in (reset, inside_a_frame, with_the_answer_unread):
-            with self.subTest(serve.__name__):
-                self.assert_connection_fault(meet(serve), "Connection reset by peer")
-
-    def test_a_frame_may_be_no_frame_of_a_math_server(self) -> None:
-        streams = [
-            b"\0" * 9,
-            b"\xff" * 9,
-            b"\x1b[2J\a\r\n\x9b\x7f",
-            b"q" + PHRASE,
-            b"s" + PHRASE,
-            b"+OK POP3 server ready\r\n",
-            b"220 mail.example ESMTP\r\n",
-            b"HTTP/1.1 400 Bad Request\r\n\r\n",
-        ]
-        for stream, seen in each(lambda stream: meet(send(stream)), streams):
-            with self.subTest(stream=stream):
-                fault = f"neither a question nor the secret: {stream[:9]!r}"
-                self.assert_connection_fault(seen, fault)
-                self.assertTrue(seen.stderr.rstrip("\n").isprintable())
+    def test_the_server_may_end_it_in_any_way(self) -> None:
+        lost = os.strerror(errno.ECONNRESET)
+        cases: Dict[Tuple[Any, ...], str] = {
+            (b"", close): " 0 of a frame's 9 bytes",
+            (QUESTION[:5], close): " 5 of a frame's 9 bytes",
+            (QUESTION, lambda peer, _: peer.recv(4), close): "",
+            (QUESTION, lambda peer, _: peer.recv(4, socket.MSG_PEEK), close): lost,
+            (SECRET[:5], reset): lost,
+            (b"", reset): lost,
+            (b"q" + PHRASE,): repr(b"q" + PHRASE),
+            (b"\x1b[2J\a\r\n\x9b and more",): repr(b"\x1b[2J\a\r\n\x9b "),
+        }
+        for case, seen in each(meet, cases):
+            with self.subTest(case):
+                self.assert_fault(cases[case], *seen)
 
     def test_ctrl_c_ends_a_wait_without_a_word(self) -> None:
-        for start in (b"", question(1, 2)[:5], SECRET[:8]):
-            with self.subTest(start=start), meeting() as (process, peer):
-                peer.sendall(start)
-                wait_until_blocked(process)
-                process.send_signal(signal.SIGINT)
-                self.assertEqual(finish(process, 0), Run(b"", "", 130))
+        for stream in (b"", QUESTION[:5], SECRET[:8]):
+            _, seen = meet(stream, lambda _, lab4: lab4.send_signal(signal.SIGINT))
+            self.assertEqual(seen, (b"", "", -signal.SIGINT))
 
-    def assert_stdout_fault(self, reason: str, **options: Any) -> None:
-        with MathServer("127.0.0.1", 0, PHRASE, 0) as server, server.serving():
-            seen = run("127.0.0.1", server.server_address[1], **options)
-        fault = f"lab4.py: writing to standard output failed: {reason}\n"
-        self.assertEqual((seen.stderr, seen.status), (fault, 1))
-
+    @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
     def test_stdout_may_be_a_full_device(self) -> None:
         with open("/dev/full", "wb") as full:
-            self.assert_stdout_fault("No space left on device", stdout=full)
+            self.assert_fault(os.strerror(errno.ENOSPC), *meet(SECRET, stdout=full))
 
     def test_stdout_may_be_a_pipe_without_a_reader(self) -> None:
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, "wb") as pipe:
-            self.assert_stdout_fault("Broken pipe", stdout=pipe)
+            self.assert_fault(os.strerror(errno.EPIPE), *meet(SECRET, stdout=pipe))
 
+    @unittest.skipUnless(os.name == "posix", "this system has no such shell")
     def test_stdout_may_be_closed(self) -> None:
-        with MathServer("127.0.0.1", 0, PHRASE, 0) as server, server.serving():
-            line = command("127.0.0.1", server.server_address[1])
-            seen = run_command(["sh", "-c", 'exec "$@" >&-', "sh", *line])
-        fault = "writing to standard output failed: Bad file descriptor"
-        self.assert_fault(seen, fault)
-
-
-if __name__ == "__main__":
-    unittest.main()
+        # The socket gets the number of stdout then, and must not get the phrase.
+        seen = meet(SECRET, prefix=("sh", "-c", 'exec "$@" >&-', "sh"))
+        self.assert_fault(os.strerror(errno.EBADF), *seen)
