@@ -78,10 +78,9 @@ class ProtocolTest(unittest.TestCase):
                 self.assertEqual(len(calls), len(stops) + 3)
 
     def test_a_whole_question_costs_one_recv_and_one_send(self) -> None:
-        for count in (0, 1, 50):
-            calls, *_ = self.exchange(QUESTION * count + SECRET)
-            expected = [("recv", 9), ("sendall", 4)] * count + [("recv", 9)]
-            self.assertEqual(calls, expected)
+        for n in (0, 1, 50):
+            calls, *_ = self.exchange(QUESTION * n + SECRET)
+            self.assertEqual(calls, [("recv", 9), ("sendall", 4)] * n + [("recv", 9)])
 
     def test_sums_are_big_endian_and_wrap_at_32_bits(self) -> None:
         edges = (0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 0x01020304)
@@ -129,14 +128,15 @@ def run(*line: object) -> Tuple[bytes, str, int]:
         return finish(process)
 
 
-def meet(stream: bytes, *deeds: Any, prefix: Any = (), **options: Any) -> Any:
-    """Run lab4.py against a server of `stream` and deeds; return its address first."""
+def meet(sent: bytes, *acts: Any, line: Any = COMMAND, kill: int = 0, **io: Any) -> Any:
+    """Run lab4.py against a server that sends and acts; return its address first."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        line = (*prefix, *COMMAND, *listener.getsockname())
-        with started(*line, **options) as process, listener.accept()[0] as peer:
-            peer.sendall(stream)
-            for deed in deeds:
-                deed(peer, process)
+        line = (*line, *listener.getsockname())
+        with started(*line, **io) as process, listener.accept()[0] as peer:
+            peer.sendall(sent)
+            for act in acts:
+                act(peer)
+            process.send_signal(kill)
             return listener.getsockname(), finish(process)
 
 
@@ -147,11 +147,7 @@ def each(function: Callable[..., Any], cases: Iterable[Any]) -> List[Tuple[Any, 
         return list(zip(cases, pool.map(lambda case: function(*case), cases)))
 
 
-def close(sock: socket.socket, *_: object) -> None:
-    sock.close()
-
-
-def reset(sock: socket.socket, *_: object) -> None:
+def reset(sock: socket.socket) -> None:
     """Close the connection with a reset instead of an end of stream."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
@@ -181,7 +177,7 @@ class CommandTest(unittest.TestCase):
                     server = MathServer(bind, 0, PHRASE, 2)
                 except OSError as error:
                     self.skipTest(f"this machine has no {bind}: {error}")
-                with server, server.serving():
+                with self.assertLogs("mathserver"), server, server.serving():
                     seen = run(*COMMAND, host, server.server_address[1])
                 self.assertEqual(seen, (PHRASE + b"\n", "", 0))
 
@@ -189,7 +185,8 @@ class CommandTest(unittest.TestCase):
     def test_it_is_executable_and_has_help(self) -> None:
         stdout, stderr, status = run(lab4.__file__, "--help")
         self.assertEqual((stderr, status), ("", 0))
-        self.assertIn(b"usage: lab4.py [-h] host port\n", stdout)
+        for word in (b"usage: lab4.py [-h] host port", b"phrase", b"address", b"65535"):
+            self.assertIn(word, stdout)
 
     def test_wrong_arguments_are_a_usage_error(self) -> None:
         ports = ("http", "", "-1", "0", "65536", "8000.0")
@@ -215,12 +212,12 @@ class CommandTest(unittest.TestCase):
                     self.assert_fault(reasons[address], address, seen)
 
     def test_the_server_may_end_it_in_any_way(self) -> None:
-        lost = os.strerror(errno.ECONNRESET)
+        lost, close = os.strerror(errno.ECONNRESET), socket.socket.close
         cases: Dict[Tuple[Any, ...], str] = {
             (b"", close): " 0 of a frame's 9 bytes",
             (QUESTION[:5], close): " 5 of a frame's 9 bytes",
-            (QUESTION, lambda peer, _: peer.recv(4), close): "",
-            (QUESTION, lambda peer, _: peer.recv(4, socket.MSG_PEEK), close): lost,
+            (QUESTION, lambda peer: peer.recv(4), close): "",
+            (QUESTION, lambda peer: peer.recv(4, socket.MSG_PEEK), close): lost,
             (SECRET[:5], reset): lost,
             (b"", reset): lost,
             (b"q" + PHRASE,): repr(b"q" + PHRASE),
@@ -232,7 +229,7 @@ class CommandTest(unittest.TestCase):
 
     def test_ctrl_c_ends_a_wait_without_a_word(self) -> None:
         for stream in (b"", QUESTION[:5], SECRET[:8]):
-            _, seen = meet(stream, lambda _, lab4: lab4.send_signal(signal.SIGINT))
+            _, seen = meet(stream, kill=signal.SIGINT)
             self.assertEqual(seen, (b"", "", -signal.SIGINT))
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
@@ -249,5 +246,5 @@ class CommandTest(unittest.TestCase):
     @unittest.skipUnless(os.name == "posix", "this system has no such shell")
     def test_stdout_may_be_closed(self) -> None:
         # The socket gets the number of stdout then, and must not get the phrase.
-        seen = meet(SECRET, prefix=("sh", "-c", 'exec "$@" >&-', "sh"))
+        seen = meet(SECRET, line=("sh", "-c", 'exec "$@" >&-', "sh", *COMMAND))
         self.assert_fault(os.strerror(errno.EBADF), *seen)

@@ -66,8 +66,6 @@ def trust_one_recv(address: Any) -> bool:
 
 
 class TracingServer(mathserver.MathServer):
-    """A server that notes the calls on its end of the last connection."""
-
     def get_request(self) -> Tuple[socket.socket, Any]:
         accepted, address = super().get_request()
         self.accepted = TracedSocket(accepted)
@@ -81,21 +79,21 @@ class ConversationTest(unittest.TestCase):
         mathserver.LOG.addHandler(handler)
         self.addCleanup(mathserver.LOG.removeHandler, handler)
         mathserver.LOG.setLevel(logging.INFO)
+        self.addCleanup(lambda: self.assertTrue(self.lines.empty()))
 
     @contextlib.contextmanager
     def serving(self, *parameters: Any) -> Iterator[Any]:
-        """Yield a server's address; its log must have been read when the block ends."""
         self.server = TracingServer("127.0.0.1", 0, PHRASE, *parameters)
         with self.server, self.server.serving():
             yield self.server.server_address
-        self.assertTrue(self.lines.empty())
 
-    def assert_logged(self, *marks: str) -> None:
-        """Wait for a line of the log that holds all the marks."""
-        line = self.lines.get(timeout=TIMEOUT).getMessage()
-        for mark in ("127.0.0.1 port ", *marks):
-            self.assertIn(mark, line)
-        self.assertNotRegex(line, "(?i)broken pipe|reset")
+    def assert_logged(self, *marks: str, times: int = 1) -> None:
+        """Wait for so many lines of the log, each of which holds all the marks."""
+        for _ in range(times):
+            line = self.lines.get(timeout=TIMEOUT).getMessage() + "\n"
+            for mark in ("127.0.0.1 port ", *marks):
+                self.assertIn(mark, line)
+            self.assertNotRegex(line, "(?i)broken pipe|reset")
 
     def test_right_answers_get_the_secret(self) -> None:
         for count, whole in ((0, False), (5, False), (20, True)):
@@ -108,8 +106,7 @@ class ConversationTest(unittest.TestCase):
         with self.serving(None, True) as address:
             counts = [converse(address) for _ in range(150)]
             self.assertEqual(set(counts), set(range(5, 13)))
-            for count in counts:
-                self.assert_logged(f" {count} ")
+            self.assert_logged("secret: ", times=150)
 
     @mock.patch.object(mathserver, "PAUSE", 0.0001)
     def test_operands_and_pieces_are_random(self) -> None:
@@ -123,7 +120,8 @@ class ConversationTest(unittest.TestCase):
                 sock.sendall(right(question))
             self.assertEqual(lab4.answer_questions(sock), PHRASE)
             self.assert_logged()
-        self.assertTrue(min(operands) < 2**29 and 2**30 < max(operands) < 2**31)
+        for drawn in (operands[::2], operands[1::2]):
+            self.assertTrue(min(drawn) < 2**29 and 2**30 < max(drawn) < 2**31)
         pieces = [size for call, size in accepted.calls if call == "sendall"]
         ends = list(itertools.accumulate(pieces))
         self.assertEqual({end % 9 for end in ends}, set(range(9)))
@@ -135,8 +133,7 @@ class ConversationTest(unittest.TestCase):
             with self.serving(None, whole) as address:
                 got_through = sum(trust_one_recv(address) for _ in range(30))
                 self.assertTrue(least <= got_through <= most, got_through)
-                for _ in range(30):
-                    self.assert_logged()
+                self.assert_logged(times=30)
 
     @mock.patch.object(mathserver, "PAUSE", TIMEOUT)
     def test_who_does_not_wait_for_a_frame_is_told_so(self) -> None:
@@ -163,8 +160,10 @@ class ConversationTest(unittest.TestCase):
                     self.assertEqual(sock.recv(1), b"")
                     first, second = struct.unpack(">xII", frame)
                     total = f"question {number}: {first} + {second} is {first + second}"
-                    fault = f", in 4 bytes {right(frame)!r}, not {answer!r}"
-                    self.assert_logged(total + fault, LITTLE if LITTLE in name else "")
+                    # One wrong bit may be what comes of adding in little-endian.
+                    note = {"l": f", which is {LITTLE}\n", "b": ""}.get(name[0], "\n")
+                    fault = f", in 4 bytes {right(frame)!r}, not {answer!r}{note}"
+                    self.assert_logged(total + fault)
 
     def test_who_leaves_inside_an_answer_has_left(self) -> None:
         with self.serving(1, True) as address:
@@ -176,10 +175,16 @@ class ConversationTest(unittest.TestCase):
                     left = f"question 1: left after {size} of the 4 bytes"
                     self.assert_logged(*[left, repr(part)] if size < 4 else ["secret"])
 
+    def test_who_leaves_before_the_server_ends_has_left(self) -> None:
+        with self.serving() as address:
+            for _ in range(100):
+                connect(address).close()
+        self.assert_logged("question 1: left ", times=100)
+
     def test_silence_is_told_before_the_client_is_dropped(self) -> None:
         self.assertEqual((mathserver.HINT, mathserver.LIMIT), (5, 600))
-        for limit, ending in ((0.05, "question 1: silent for"), (TIMEOUT, "secret: ")):
-            patience = mock.patch.multiple(mathserver, HINT=0, LIMIT=limit)
+        for limit, ending in ((0.01, "question 1: silent for"), (TIMEOUT, "secret: ")):
+            patience = mock.patch.multiple(mathserver, HINT=0.01, LIMIT=limit)
             with patience, self.serving(1, True) as address, connect(address) as sock:
                 question = lab4.receive_frame(sock)
                 self.assert_logged("question 1: still waiting after 0 of the 4 bytes")
@@ -197,8 +202,7 @@ class ConversationTest(unittest.TestCase):
                 for _ in range(many):
                     stack.enter_context(connect(address))
                 self.assertEqual({*pool.map(converse, [address] * 400)}, {2})
-            for _ in range(400 + many):
-                self.assert_logged()
+            self.assert_logged(times=400 + many)
 
 
 class CommandTest(unittest.TestCase):
@@ -225,7 +229,6 @@ class CommandTest(unittest.TestCase):
             (0, "echo", "--port", "-h"): (0, "--port -h\n"),
             (0, "sh", "-c", "kill -TERM $$"): (143, ""),
             (0, "./nosuch"): (127, "mathserver.py: .*'./nosuch'.*\n"),
-            # What is to be said of a client is said before the end.
             (0, *PYTHON, "-c", crash): (1, "(.*\n)+.*: question 1: left .*\n"),
         }
         for number in (signal.SIGINT, signal.SIGTERM):
