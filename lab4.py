@@ -21,18 +21,18 @@ def main() -> None:
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
     args = parser.parse_args()
-    if not 1 <= args.port <= 65535:  # else taken modulo 65536: 70000 would mean 4464
+    if not 1 <= args.port <= 65535:  # the resolver takes 70000 for 4464
         parser.error(f"argument port: {args.port} is not from 1 to 65535")
     failure = f"lab4.py: cannot print the phrase from {args.host!r} port {args.port}"
     try:
-        # Unlike socket and connect, it tries all addresses of the host, IPv6 too.
+        # Plain connect tries one IPv4 address; this tries all of the host's, IPv6 too.
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
-        with open(1, "wb") as stdout:  # print is for text; a phrase may be any bytes
+        with open(1, "wb") as stdout:  # descriptor 1 is stdout; print is for text
             stdout.write(phrase + b"\n")
-    except UnicodeError:  # stands first, since it is a kind of ValueError
+    except UnicodeError:  # must stand above ValueError, its base class
         sys.exit(f"{failure}: not a valid host name")
-    except (EOFError, OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:  # strerror: without [Errno 111]
         sys.exit(f"{failure}: {getattr(error, 'strerror', error)}")
 
 
@@ -49,7 +49,7 @@ def answer_questions(sock: socket.socket) -> bytes:
         if tag != QUESTION:
             raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
-        sock.sendall(ANSWER.pack((first + second) % 2**32))  # 4 bytes hold no more
+        sock.sendall(ANSWER.pack((first + second) % 2**32))  # to fit in 4 bytes
 
 
 def receive_frame(sock: socket.socket) -> bytes:
@@ -59,8 +59,8 @@ def receive_frame(sock: socket.socket) -> bytes:
     """
     frame = b""
     while len(frame) < FRAME_SIZE:
-        piece = sock.recv(FRAME_SIZE - len(frame))  # nothing of the next frame
-        if not piece:  # the stream has ended
+        piece = sock.recv(FRAME_SIZE - len(frame))  # not into the next frame
+        if not piece:  # no bytes: the stream has ended
             raise EOFError(f"closed after {len(frame)} of a frame's {FRAME_SIZE} bytes")
         frame += piece
     return frame

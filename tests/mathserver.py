@@ -16,7 +16,7 @@ import sys
 import threading
 from typing import Any, Iterator, List, Optional
 
-PAUSE = 0.005  # seconds between the pieces of a frame
+PAUSE = 0.01  # seconds between the pieces of a frame
 HINT, LIMIT = 5, 600  # seconds of silence until the log tells of it, and until the end
 GRACE = 3  # seconds at most that clients may delay the end after the command's
 LOG = logging.getLogger("mathserver")
@@ -78,8 +78,8 @@ class Conversation(socketserver.BaseRequestHandler):
             early = self.receive(PAUSE if start else 0)
             if early is not None:
                 what = f"too early: {early!r} came" if early else "left"
-                when = f"when only {start} of its 9 bytes had been sent"
-                raise ValueError(f"{what} {when}; receive until all are there")
+                what += f" when only {start} of its 9 bytes had been sent"
+                raise ValueError(what + "; receive until all are there" * (start > 0))
             if success and end == 9:
                 self.log(success)
             with contextlib.suppress(OSError):  # receive() tells that the client left
