@@ -174,7 +174,7 @@ class CommandTest(unittest.TestCase):
         for host, bind in hosts.items():
             with self.subTest(host):
                 try:
-                    server = MathServer(bind, 0, PHRASE, 2)
+                    server = MathServer(bind, 0, PHRASE, 1)
                 except OSError as error:
                     self.skipTest(f"this machine has no {bind}: {error}")
                 with self.assertLogs("mathserver"), server, server.serving():
