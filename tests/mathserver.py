@@ -30,7 +30,7 @@ class Conversation(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Hold the conversation, and log how it ended."""
-        count = random.randint(*self.server.questions)
+        count, self.patience = random.randint(*self.server.questions), HINT
         try:
             for number in range(1, count + 1):
                 self.stage = f"question {number}"
@@ -57,13 +57,13 @@ class Conversation(socketserver.BaseRequestHandler):
 
     def receive_answer(self) -> bytes:
         """Return all that comes, 4 bytes or more; raise ValueError if that does not."""
-        answer, patience = b"", HINT
+        answer = b""
         while len(answer) < 4:
-            piece = self.receive(patience)
+            piece = self.receive(self.patience)
             count = f"{len(answer)} of the 4 bytes of the answer: {answer!r}"
-            if piece is None and patience == HINT:
+            if piece is None and self.patience == HINT:
                 self.log(f"still waiting after {count}")
-                patience = LIMIT - HINT
+                self.patience = LIMIT - HINT  # the log tells of it once
             elif not piece:
                 ending = f"silent for {LIMIT} s" if piece is None else "left"
                 raise ValueError(f"{ending} after {count}")

@@ -204,7 +204,7 @@ class CommandTest(unittest.TestCase):
             reasons = {
                 taken.getsockname(): os.strerror(errno.ECONNREFUSED),
                 **{("224.0.0.1", port): "" for port in (1, 65535)},  # for many, not one
-                **{(host, 1): "" for host in ("", "ñandú", "a\x1bb")},
+                **{(host, 1): "" for host in ("", "ñandú.invalid", "a\x1bb")},
                 **{(host, 1): "not a valid host name" for host in ("a..b", "a" * 64)},
             }
             for address, seen in each(partial(run, *COMMAND), reasons):
