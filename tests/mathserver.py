@@ -56,7 +56,7 @@ class Conversation(socketserver.BaseRequestHandler):
             raise ValueError(f"{total}, not {answer!r}{note}")
 
     def receive_answer(self) -> bytes:
-        """Return all that comes, 4 bytes or more; raise ValueError if that does not."""
+        """Return what comes, at least 4 bytes; raise ValueError if fewer do."""
         answer = b""
         while len(answer) < 4:
             piece = self.receive(self.patience)
@@ -135,7 +135,7 @@ class MathServer(socketserver.ThreadingTCPServer):
         finally:
             self.shutdown()
             self.socket.setblocking(False)
-            with contextlib.suppress(OSError):  # as nobody waits any more
+            with contextlib.suppress(OSError):  # raised once nobody waits
                 while True:
                     self.process_request(*self.get_request())
 

@@ -216,7 +216,7 @@ class CommandTest(unittest.TestCase):
         cases: Dict[Tuple[Any, ...], str] = {
             (b"", close): " 0 of a frame's 9 bytes",
             (QUESTION[:5], close): " 5 of a frame's 9 bytes",
-            (QUESTION, lambda peer: peer.recv(4), close): "",
+            (QUESTION, lambda peer: peer.recv(4), close): " 0 of a frame's 9 bytes",
             (QUESTION, lambda peer: peer.recv(4, socket.MSG_PEEK), close): lost,
             (SECRET[:5], reset): lost,
             (b"", reset): lost,

@@ -159,8 +159,8 @@ class ConversationTest(unittest.TestCase):
                     self.assertEqual(sock.recv(1), b"")
                     first, second = struct.unpack(">xII", frame)
                     total = f"question {number}: {first} + {second} is {first + second}"
-                    # One wrong bit may be what comes of adding in little-endian.
-                    note = {"l": f", which is {LITTLE}\n", "b": ""}.get(name[0], "\n")
+                    end = "" if "bit" in name else "\n"  # one bit may be little-endian
+                    note = f", which is {LITTLE}\n" if LITTLE in name else end
                     fault = f", in 4 bytes {right(frame)!r}, not {answer!r}{note}"
                     self.assert_logged(total + fault)
 
@@ -182,16 +182,16 @@ class ConversationTest(unittest.TestCase):
 
     def test_silence_is_told_before_the_client_is_dropped(self) -> None:
         self.assertEqual((mathserver.HINT, mathserver.LIMIT), (5, 600))
-        for limit, ending in ((0.01, "question 1: silent for"), (TIMEOUT, "secret: ")):
-            patience = mock.patch.multiple(mathserver, HINT=0.01, LIMIT=limit)
-            with patience, self.serving(1, True) as address, connect(address) as sock:
+        for hint, limit in ((0.01, 0.01), (0, TIMEOUT)):
+            patience = mock.patch.multiple(mathserver, HINT=hint, LIMIT=limit)
+            with patience, self.serving(99, True) as address, connect(address) as sock:
                 question = lab4.receive_frame(sock)
                 self.assert_logged("question 1: still waiting after 0 of the 4 bytes")
-                if limit == TIMEOUT:
+                if limit == TIMEOUT:  # and told but once
                     for byte in right(question):
                         sock.sendall(bytes([byte]))
                     self.assertEqual(lab4.answer_questions(sock), PHRASE)
-                self.assert_logged(ending)
+                self.assert_logged("question 1: silent for" if hint else "secret: ")
 
     @mock.patch.object(mathserver, "HINT", mathserver.LIMIT - 1)
     def test_stalled_clients_keep_nobody_waiting(self) -> None:
