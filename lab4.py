@@ -7,49 +7,10 @@ import socket
 import struct
 import sys
 
-# The wire format: "!" is big-endian, "I" an unsigned 32-bit integer.
 FRAME_SIZE = 9  # from the server: a tag of 1 byte and a payload of 8
 QUESTION, SECRET = b"Q", b"S"  # the tags
-OPERANDS = struct.Struct("!II")  # the payload of a question
+OPERANDS = struct.Struct("!II")  # in a question; "!": big-endian, "I": unsigned 32 bits
 ANSWER = struct.Struct("!I")  # to the server: the sum
-
-
-def main() -> None:
-    """Print the secret phrase of the server named in argv, or exit with one line."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends any wait at once
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("host", help="host name or address of the math server")
-    parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
-    args = parser.parse_args()
-    if not 1 <= args.port <= 65535:  # the resolver takes 70000 for 4464
-        parser.error(f"argument port: {args.port} is not from 1 to 65535")
-    failure = f"lab4.py: cannot print the phrase from {args.host!r} port {args.port}"
-    try:
-        # Plain connect tries one IPv4 address; this tries all of the host's, IPv6 too.
-        with socket.create_connection((args.host, args.port)) as sock:
-            phrase = answer_questions(sock)
-        with open(1, "wb") as stdout:  # descriptor 1 is stdout; print is for text
-            stdout.write(phrase + b"\n")
-    except UnicodeError:  # must stand above ValueError, its base class
-        sys.exit(f"{failure}: not a valid host name")
-    except (EOFError, OSError, ValueError) as error:  # strerror: without [Errno 111]
-        sys.exit(f"{failure}: {getattr(error, 'strerror', error)}")
-
-
-def answer_questions(sock: socket.socket) -> bytes:
-    """Answer each question that arrives on `sock`; return the secret phrase, 8 bytes.
-
-    Raise ValueError for a frame with an unknown tag, and whatever receive_frame raises.
-    """
-    while True:
-        frame = receive_frame(sock)
-        tag, payload = frame[:1], frame[1:]
-        if tag == SECRET:
-            return payload
-        if tag != QUESTION:
-            raise ValueError(f"neither a question nor the secret: {frame!r}")
-        first, second = OPERANDS.unpack(payload)
-        sock.sendall(ANSWER.pack((first + second) % 2**32))  # to fit in 4 bytes
 
 
 def receive_frame(sock: socket.socket) -> bytes:
@@ -60,11 +21,50 @@ def receive_frame(sock: socket.socket) -> bytes:
     frame = b""
     while len(frame) < FRAME_SIZE:
         piece = sock.recv(FRAME_SIZE - len(frame))  # not into the next frame
-        if not piece:  # no bytes: the stream has ended
+        if not piece:  # b"": the peer has closed; unchecked, this would spin for ever
             raise EOFError(f"closed after {len(frame)} of a frame's {FRAME_SIZE} bytes")
         frame += piece
     return frame
 
 
+def answer_questions(sock: socket.socket) -> bytes:
+    """Answer each question that arrives on `sock`; return the secret phrase, 8 bytes.
+
+    Raise ValueError for a frame with an unknown tag, and whatever receive_frame raises.
+    """
+    while True:
+        frame = receive_frame(sock)
+        if frame.startswith(QUESTION):  # frame[0] would be a number: 81, not b"Q"
+            first, second = OPERANDS.unpack(frame[1:])
+            sock.sendall(ANSWER.pack((first + second) % 2**32))  # to fit in 4 bytes
+        elif frame.startswith(SECRET):
+            return frame[1:]
+        else:
+            raise ValueError(f"neither a question nor the secret: {frame!r}")
+
+
+def main() -> None:
+    """Print the secret phrase of the server named in argv, or exit with one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("host", help="host name or address of the math server")
+    parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
+    args = parser.parse_args()
+    if not 1 <= args.port <= 65535:  # else 70000 would reach port 4464: 70000 - 65536
+        parser.error(f"argument port: {args.port} is not from 1 to 65535")
+    failure = f"lab4.py: cannot print the phrase from {args.host!r} port {args.port}"
+    try:
+        with socket.create_connection((args.host, args.port)) as sock:  # IPv4 or IPv6
+            phrase = answer_questions(sock)
+        with open(1, "wb", closefd=False) as stdout:  # descriptor 1; print is for text
+            stdout.write(phrase + b"\n")
+    except OSError as error:
+        sys.exit(f"{failure}: {error.strerror or error}")  # without "[Errno 111]"
+    except UnicodeError:  # from the lookup; it is a ValueError, so it must stand above
+        sys.exit(f"{failure}: not a valid host name")
+    except (EOFError, ValueError) as error:
+        sys.exit(f"{failure}: {error}")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the end, with no traceback
     main()
