@@ -1,190 +1,250 @@
-#!/usr/bin/env python3
 """Ask addition questions over TCP, send a secret phrase, and log what goes wrong."""
 
 import argparse
 import contextlib
+import functools
+import itertools
 import logging
 import os
 import random
 import secrets
 import signal
 import socket
-import socketserver
 import struct
 import subprocess
 import sys
 import threading
-from typing import Any, Iterator, List, Optional
+import time
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
-PAUSE = 0.01  # seconds between the pieces of a frame
-HINT, LIMIT = 5, 600  # seconds of silence until the log tells of it, and until the end
-GRACE = 3  # seconds at most that clients may delay the end after the command's
+PAUSE = 0.01  # seconds of silence before each piece of a frame
+HINT = 2  # seconds of silence until the log tells of it
+TRACEBACK = 1  # seconds at most that a client has to print why it failed before the log
+LONELY = 5  # seconds until the log tells that nobody has connected
+GRACE = 3  # seconds at most that clients may go on after the end of the command
 LOG = logging.getLogger("mathserver")
+integer = functools.partial(int.from_bytes, byteorder="big")
 
 
-class Conversation(socketserver.BaseRequestHandler):
+class ClientError(Exception):
+    """What is wrong with a client, in words for its author."""
+
+
+def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[str, int]]:
+    """Yield the sum of a question, then what usual mistakes make of it, by name."""
+    first, second = struct.unpack("!xII", question)
+    yield "", first + second
+    for bits in (8, 16, 24, 31, 32):
+        yield f"wrapped modulo 2**{bits}", (first + second) % 2**bits
+    yield "only the first operand", first
+    yield "only the second operand", second
+    yield "the operands read as little-endian", sum(struct.unpack("<xII", question))
+    yield "single bytes added", sum(question[1:])
+    yield "pairs of bytes added", sum(struct.unpack("!xHHHH", question))
+    for n in range(2, 9):
+        short = f"only its bytes [0:{n}] used; receive until all 9 are there"
+        yield short, integer(question[1 : min(n, 5)]) + integer(question[5:n])
+    parts = [(i, j) for i, j in itertools.combinations(range(10), 2) if j - i < 5]
+    for (i, j), (k, n) in itertools.combinations_with_replacement(parts, 2):
+        where = f"its bytes [{i}:{j}] and [{k}:{n}] added, not [1:5] and [5:9]"
+        yield where, integer(question[i:j]) + integer(question[k:n])
+    for number, earlier in enumerate(sums, 1):
+        yield f"the sum of question {number}", earlier
+    yield "all sums so far added up", sum(sums) + first + second
+
+
+def encodings(
+    total: int, question: bytes, answer: bytes
+) -> Iterator[Tuple[bytes, str]]:
+    """Yield what usual mistakes send of a sum, by name, then what is right."""
+    right = struct.pack("!I", total % 2**32)
+    yield right + answer[4:], f"sent with {answer[4:][:32]!r} after it"
+    yield answer[:-4] + right, f"sent with {answer[:-4][:32]!r} before it"
+    yield question + right, "sent with the question before it"
+    yield right + right, "sent twice"
+    for n, order in itertools.product((4, 8, len(answer)), ("big", "little")):
+        yield (total % 256**n).to_bytes(n, order), f"sent {order}-endian in {n} bytes"
+    end = answer[len(answer.rstrip(b"\r\n\0 ")) :]  # a newline, say
+    yield repr(right).encode() + end, "sent as the text of a bytes object"
+    for style in ("x", "#x", "08x", "X", "08X"):
+        yield format(total, style).encode() + end, "sent as hexadecimal text"
+    yield str(total).encode() + end, "sent as decimal text"
+    yield question[-max(8, len(answer)) :], "the operands sent one after the other"
+    yield right, ""
+
+
+def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
+    """Return what is wrong with an answer; `sums` are those of the questions before."""
+    found: Dict[int, Set[str]] = {1: set(), 2: set()}  # by the number of mistakes
+    for thought, total in additions(question, sums):
+        forms = dict(
+            encodings(total, question, answer)
+        )  # the last name for bytes holds
+        if answer in forms:
+            mistakes = [mistake for mistake in (thought, forms[answer]) if mistake]
+            found[len(mistakes)].add(", ".join(mistakes))
+    causes = sorted(found[1] or found[2])
+    why = ": " + "; or ".join(causes) if 0 < len(causes) < 4 else ""
+    first, second = struct.unpack("!xII", question)
+    right = struct.pack("!I", (first + second) % 2**32)
+    came = integer(answer) if len(answer) == 4 else f"{len(answer)} bytes"
+    equation = f"{first} + {second} is {integer(right)} ({right!r})"
+    return f"{equation}, not {came} ({answer[:32]!r}){why}"
+
+
+def explain_leaving(sent: bytes, answer: bytes, sums: List[int], unread: bool) -> str:
+    """Return what is wrong with leaving then, or ""; a reset tells of bytes unread."""
+    if sums and not sent:
+        return f"left after right answer {len(sums)}; go on until a frame begins with S"
+    if len(sent) < 9 or unread:
+        return "left before reading all 9 bytes; receive until all are there, each time"
+    if sent.startswith(b"S"):
+        return ""
+    first, second = struct.unpack("!xII", sent)
+    read = "was sent" if sys.platform == "darwin" else "read"  # no reset tells there
+    words = f"{read} all 9 bytes and left with {len(answer)} of 4 sent: it failed at"
+    if sums and max(sums) < 2**31 <= first + second:
+        return f"{words} the first sum too big for a signed integer, {first} + {second}"
+    return f"{words} {first} + {second}, or took it for S"
+
+
+class Conversation(threading.Thread):
     """One client's questions and answers, and the secret phrase if all are right."""
 
-    request: socket.socket
-    server: "MathServer"
+    def __init__(self, client: Any, secret: bytes, ended: threading.Event) -> None:
+        (self.sock, address), self.secret, self.ended = client, secret, ended
+        super().__init__(name="%s port %s" % address[:2], daemon=True)
+        self.sent, self.answer, self.hinted = b"", b"", False
+        self.sums: List[int] = []  # the right answers so far
 
-    def handle(self) -> None:
-        """Hold the conversation, and log how it ended."""
-        count, self.patience = random.randint(*self.server.questions), HINT
+    def run(self) -> None:
+        """Hold the conversation, and log what is wrong with the client, if anything."""
         try:
-            for number in range(1, count + 1):
-                self.stage = f"question {number}"
-                self.ask()
-            self.stage = "secret"
-            success = f"{self.server.secret!r}, for {count} right answers"
-            self.send(b"S" + self.server.secret, success)
-        except ValueError as mistake:
-            self.log(str(mistake))
+            with self.sock:
+                # Else the kernel would join the pieces of a frame.
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+                for number in range(1, random.randint(5, 12) + 1):
+                    self.stage = f"{self.name}: question {number}"
+                    self.ask()
+                self.stage = f"{self.name}: secret"
+                LOG.info("%s: %r for %s right answers", self.stage, self.secret, number)
+                self.send(b"S" + self.secret)
+                self.sock.shutdown(socket.SHUT_WR)
+                more = self.receive(HINT)
+            wrong = f"{more[:32]!r} came after it; S is no question" if more else ""
+        except ClientError as error:
+            wrong = str(error)
+        except (EOFError, OSError) as error:
+            unread = isinstance(error, OSError)
+            wrong = explain_leaving(self.sent, self.answer, self.sums, unread)
+        if wrong:
+            self.ended.wait(TRACEBACK)
+            LOG.info("%s: %s", self.stage, wrong)
 
     def ask(self) -> None:
-        """Ask a question and take the answer; raise ValueError if it is not right."""
+        """Ask a question and take its answer; raise ClientError if that is wrong."""
         first, second = random.randrange(2**31), random.randrange(2**31)
-        operands = struct.pack("!II", first, second)
-        right = struct.pack("!I", first + second)
-        self.send(b"Q" + operands)
-        answer = self.receive_answer()
-        if answer != right:
-            misread = struct.pack("<I", sum(struct.unpack("<II", operands)) % 2**32)
-            mirrored = answer in (right[::-1], misread, misread[::-1])
-            note = ", which is little-endian" if mirrored else ""
-            total = f"{first} + {second} is {first + second}, in 4 bytes {right!r}"
-            raise ValueError(f"{total}, not {answer!r}{note}")
+        self.send(struct.pack("!cII", b"Q", first, second))
+        while len(self.answer) < 4:
+            piece = self.receive(None if self.hinted else HINT)
+            if not piece:
+                self.hinted = True
+                words = "all 9 bytes are sent, no more comes before the answer, and"
+                words = f"silent for {HINT} s: {words} {len(self.answer)} of its 4 came"
+                LOG.info("%s: %s", self.stage, words)
+            self.answer += piece
+        with contextlib.suppress(EOFError, OSError):
+            self.answer += self.receive(PAUSE)  # more than the answer, if it comes
+        if self.answer != struct.pack("!I", first + second):
+            raise ClientError(explain_answer(self.sent, self.answer, self.sums))
+        self.sums.append(first + second)
 
-    def receive_answer(self) -> bytes:
-        """Return what comes, at least 4 bytes; raise ValueError if fewer do."""
-        answer = b""
-        while len(answer) < 4:
-            piece = self.receive(self.patience)
-            count = f"{len(answer)} of the 4 bytes of the answer: {answer!r}"
-            if piece is None and self.patience == HINT:
-                self.log(f"still waiting after {count}")
-                self.patience = LIMIT - HINT  # the log tells of it once
-            elif not piece:
-                ending = f"silent for {LIMIT} s" if piece is None else "left"
-                raise ValueError(f"{ending} after {count}")
-            answer += piece or b""
-        return answer + (self.receive(self.server.pause) or b"")
+    def send(self, frame: bytes) -> None:
+        """Send a frame in 2 to 4 pieces; raise ClientError if it is not awaited."""
+        self.sent = self.answer = b""
+        for end in (*sorted(random.sample(range(1, 9), random.randint(1, 3))), 9):
+            early = self.receive(PAUSE)
+            came = f"{early[:32]!r} came when {len(self.sent)} of 9 bytes had been sent"
+            if len(early) == 4:
+                raise ClientError(f"too early: {came}; receive until all are there")
+            if early:
+                raise ClientError(f"unasked: {came}; the server speaks first")
+            self.sock.settimeout(None)
+            self.sock.sendall(frame[len(self.sent) : end])
+            self.sent = frame[:end]
 
-    def send(self, frame: bytes, success: str = "") -> None:
-        """Send a frame, 9 bytes; raise ValueError if the client does not await it."""
-        count = random.randint(1, 3) if self.server.pause else 0
-        cuts = sorted(random.sample(range(1, 9), count))
-        for start, end in zip([0, *cuts], [*cuts, 9]):
-            early = self.receive(PAUSE if start else 0)
-            if early is not None:
-                what = f"too early: {early!r} came" if early else "left"
-                what += f" when only {start} of its 9 bytes had been sent"
-                raise ValueError(what + "; receive until all are there" * (start > 0))
-            if success and end == 9:
-                self.log(success)
-            with contextlib.suppress(OSError):  # receive() tells that the client left
-                self.request.sendall(frame[start:end])
-
-    def receive(self, seconds: float) -> Optional[bytes]:
-        """Return what comes in this time, b"" if the client leaves, None if nothing."""
-        self.request.settimeout(seconds)
+    def receive(self, seconds: Optional[float]) -> bytes:
+        """Return what comes in time, b"" if nothing; raise EOFError at the end."""
+        self.sock.settimeout(seconds)
         try:
-            return self.request.recv(1024)
-        except (socket.timeout, BlockingIOError):
-            return None
-        except OSError:  # a reset, say
+            data: bytes = self.sock.recv(1024)
+        except socket.timeout:
             return b""
+        if not data:
+            reset = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            raise ConnectionResetError if reset else EOFError  # a reset: bytes unread
+        return data
 
-    def log(self, text: str) -> None:
-        LOG.info("%s port %s: %s: %s", *self.client_address[:2], self.stage, text)
 
-
-class MathServer(socketserver.ThreadingTCPServer):
-    """A server that listens once it is made, on any free port if `port` is 0.
-
-    Each conversation has `questions` questions, 5 to 12 if that is None, and ends with
-    the 8-byte `secret`. Raise OSError or UnicodeError if it cannot listen on `host`.
-    """
-
-    allow_reuse_address = os.name == "posix"  # Windows would share a port that is taken
-    request_queue_size = 512  # connections that may wait to be accepted
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        secret: bytes,
-        questions: Optional[int] = None,
-        whole_frames: bool = False,
-    ) -> None:
-        self.secret = secret
-        self.questions = (5, 12) if questions is None else (questions, questions)
-        self.pause = 0 if whole_frames else PAUSE
-        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        self.address_family, _, _, _, address = found[0]
-        super().__init__(address, Conversation)
-        # Each connection inherits it; else the kernel would join the pieces of a frame.
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Serve in a thread while the block runs, and whoever has connected by then."""
-        threading.Thread(target=self.serve_forever, args=[0.05]).start()
+def serve(server: socket.socket, secret: bytes, process: Any) -> None:
+    """Hold a conversation with each client, until `process`, if any, has ended."""
+    ended, start, deadline = threading.Event(), time.monotonic(), float("inf")
+    port, lonely = server.getsockname()[1], True  # until somebody has connected
+    server.settimeout(0.05 if process else None)  # to look whether it has ended
+    while time.monotonic() < deadline:
+        if process and process.poll() is not None:
+            ended.set()
+            deadline = min(deadline, time.monotonic() + GRACE)
         try:
-            yield
-        finally:
-            self.shutdown()
-            self.socket.setblocking(False)
-            with contextlib.suppress(OSError):  # raised once nobody waits
-                while True:
-                    self.process_request(*self.get_request())
+            Conversation(server.accept(), secret, ended).start()
+        except socket.timeout:
+            if lonely and (ended.is_set() or time.monotonic() > start + LONELY):
+                LOG.info("nobody has connected to port %s over TCP", port)
+                lonely = False
+            if ended.is_set():
+                break
+            continue
+        except (OSError, RuntimeError) as error:  # no more files or threads
+            LOG.error("cannot serve a client: %s", error)
+            time.sleep(1)
+        lonely = False
+    for thread in threading.enumerate():
+        if isinstance(thread, Conversation):
+            thread.join(max(0, deadline - time.monotonic()))
 
 
-def run(command: List[str]) -> int:
-    """Run `command`; return its status, 128 + N for a signal, 127 if it cannot run."""
-    try:
-        status = subprocess.run(command, check=False).returncode
-    except OSError as error:
-        LOG.error("cannot run %r: %s", command[0], error.strerror)
-        return 127
-    return status if status >= 0 else 128 - status
-
-
-def main() -> int:
-    """Serve as the command line says, and return the exit status."""
+def main() -> None:
+    """Serve as the command line says, and exit with the command's status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on"
-    )
+    parser.add_argument("--bind", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free port")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="serve while it runs")
     args = parser.parse_args()
-    if not 0 <= args.port <= 65535:  # else taken modulo 65536
+    if not 0 <= args.port <= 65535:
         parser.error(f"argument --port: {args.port} is not from 0 to 65535")
     if args.command[:1] == ["--"]:
         del args.command[0]
     logging.basicConfig(level=logging.INFO, format="mathserver.py: %(message)s")
+    family = socket.AF_INET6 if ":" in args.bind else socket.AF_INET
     try:
-        server = MathServer(args.bind, args.port, secrets.token_urlsafe(6).encode())
+        address = (args.bind, args.port)
+        server = socket.create_server(address, family=family, backlog=4096)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", "not a valid host name")
-        LOG.error("cannot listen on %s port %s: %s", args.bind, args.port, reason)
-        return 1
-    with server:
-        LOG.info("listening on %s port %s", *server.server_address[:2])
-        if not args.command:
-            server.serve_forever()  # until a signal ends the process
-        with server.serving():
-            status = run(args.command)
-            # Leaving these blocks waits for all conversations, but not for ever.
-            limit = threading.Timer(GRACE, os._exit, [status])
-            limit.daemon = True
-            limit.start()
-    return status
+        sys.exit(f"mathserver.py: cannot listen on {args.bind}: {error}")
+    LOG.info("listening on %s port %s", *server.getsockname()[:2])
+    try:
+        process = subprocess.Popen(args.command) if args.command else None
+    except OSError as error:
+        LOG.error("cannot run %r: %s", args.command[0], error.strerror)
+        os._exit(127)
+    serve(server, secrets.token_urlsafe(6).encode(), process)
+    status = process.returncode if process else 0
+    status = 128 - status if status < 0 else status  # of a signal, as shells tell it
+    os._exit(status - 2**32 if status >= 2**31 else status)  # Windows' is unsigned
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,268 +3,348 @@
 import contextlib
 import itertools
 import logging.handlers
+import os
 import queue
-import resource
 import signal
 import socket
 import struct
 import sys
 import unittest
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from socket import TCP_NODELAY
-from typing import Any, Dict, Iterator, List, Tuple
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import mathserver
-from test_lab4 import PYTHON, TIMEOUT, TracedSocket, each, finish, reset, run, started
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import lab4
+from tests import mathserver, support
+from tests.support import POSIX, PYTHON, finish, run, started
 
-SERVER = (*PYTHON, mathserver.__file__)
 PHRASE = b"open it!"
-LITTLE = "little-endian"
-WAIT = ("sh", "-c", "read line")  # a command
-connect = socket.create_connection
+QUESTION, RIGHT = b"Q\x01\x02\x03\x04\x10\x20\x30\x40", b"\x11\x22\x33\x44"
+CARRY = b"Q\x02\xff\x42\xfe\x7f\x04\x03\x85"  # the sum is 0x82034683
+SUMS = [0x01010101, 0x02020202]  # those of the questions before
+CAUSES = (  # a question, a wrong answer and what is said to be the cause
+    (QUESTION, b"\x55\x11\x22\x33", "its bytes [0:4] and [4:8] added"),
+    (QUESTION, b"\0\x11\x22\x33", "its bytes [1:4] and [5:8] added"),
+    (QUESTION, b"\0\0\0\xaa", "single bytes added"),
+    (QUESTION, b"\0\0\x44\x66", "pairs of bytes added"),
+    (QUESTION, b"\x10\x20\x30\x40", "only the second operand"),
+    (QUESTION, b"\x01\x02\x03\x04", "until all 9 are there; or only the first operand"),
+    (QUESTION, b"\0\0\x33\x44", "not [1:5] and [5:9]; or wrapped modulo 2**16"),
+    (CARRY, b"\x02\x03\x46\x83", "wrapped modulo 2**31"),
+    (QUESTION, b"\x02\x02\x02\x02", "the sum of question 2"),
+    (QUESTION, b"\x14\x25\x36\x47", "all sums so far added up"),
+    (QUESTION, b"287454020\r\n", "sent as decimal text"),
+    (QUESTION, b"0x11223344", "sent as hexadecimal text"),
+    (QUESTION, repr(RIGHT).encode(), "sent as the text of a bytes object"),
+    (QUESTION, bytes(4) + RIGHT, "sent big-endian in 8 bytes"),
+    (QUESTION, bytes(1) + RIGHT, "sent big-endian in 5 bytes"),
+    (QUESTION, b"Q" + RIGHT, "sent with b'Q' before it"),
+    (QUESTION, QUESTION + RIGHT, "sent with the question before it"),
+    (QUESTION, QUESTION[1:], "the operands sent one after the other"),
+    (QUESTION, RIGHT + b"\n", r"sent with b'\n' after it"),
+    (QUESTION, RIGHT + RIGHT, "sent twice"),
+    (QUESTION, RIGHT[::-1], "in 4 bytes; or the operands read as little-endian"),
+    (CARRY, b"\x83\x46\x03\x82", "sent little-endian in 4 bytes"),
+    (CARRY, b"\x83\x46\x03\x81", "the operands read as little-endian"),
+    (CARRY, b"\x81\x03\x46\x83", "read as little-endian, sent little-endian in 4"),
+)
+LEAVINGS: Any = (  # what was sent, came and was right; bytes left unread; what is said
+    (b"", b"", [], False, "left before reading all 9 bytes; receive until"),
+    (b"", b"", SUMS, False, "left after right answer 2; go on until"),
+    (CARRY[:8], b"", SUMS, False, "left before reading all 9 bytes; receive until"),
+    (b"S12345678", b"", SUMS, True, "left before reading all 9 bytes; receive until"),
+    (CARRY, b"", [], False, "0 of 4 sent: it failed at 50283262 + 2130969477, or"),
+    (CARRY, b"ab", [2**31], False, "2 of 4 sent: it failed at 50283262 + 2130969477"),
+    (CARRY, b"", SUMS, False, "a signed integer, 50283262 + 2130969477"),
+    (QUESTION, b"", SUMS, False, "it failed at 16909060 + 270544960, or took it for S"),
+)
 
 
-def right(question: bytes) -> bytes:
+class ExplanationTest(unittest.TestCase):
+    def test_a_wrong_answer_has_a_cause(self):
+        for question, answer, cause in CAUSES:
+            line = mathserver.explain_answer(question, answer, SUMS)
+            self.assertIn(cause, line.partition("): ")[2], answer)
+
+    def test_no_cause_is_better_than_a_wrong_one(self):
+        equation = r"""16909060 + 270544960 is 287454020 (b'\x11"3D'), not """
+        for answer, came in (
+            (b"\x11\x22\x33\x45", r"""287454021 (b'\x11"3E')"""),
+            (bytes(33), f"33 bytes ({bytes(32)!r})"),
+        ):
+            line = mathserver.explain_answer(QUESTION, answer, SUMS)
+            self.assertEqual(line, equation + came)
+
+    def test_leaving_is_explained(self):
+        for *state, words in LEAVINGS:
+            self.assertIn(words, mathserver.explain_leaving(*state), state)
+        self.assertEqual(mathserver.explain_leaving(b"S12345678", b"", [], False), "")
+
+
+def right(question):
     return struct.pack(">I", sum(struct.unpack(">xII", question)))
 
 
-def wrong(question: bytes) -> Dict[str, bytes]:
-    """Return what learners answer to a question instead, each with its name."""
-    total, misread = (sum(struct.unpack(f"{order}xII", question)) for order in "><")
-    return {
-        "8 bytes": struct.pack(">Q", total),
-        "text": str(total).encode(),
-        "newline": right(question) + b"\n",
-        "another protocol": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        "much": bytes(2000),
-        LITTLE: struct.pack("<I", total),
-        f"{LITTLE} operands": struct.pack(">I", misread % 2**32),
-        f"{LITTLE} throughout": struct.pack("<I", misread % 2**32),
-        **{f"bit {bit}": struct.pack(">I", total ^ 1 << bit) for bit in range(32)},
-    }
+def receive(sock):
+    """Return the next 9 bytes, fewer if the stream ends before."""
+    with sock.makefile("rb") as stream:
+        return stream.read(9)
 
 
-def converse(address: Any) -> int:
-    """Answer all questions; return how many there were."""
-    with TracedSocket(connect(address)) as sock:
-        assert lab4.answer_questions(sock) + sock.recv(1) == PHRASE
-        return [call for call, _ in sock.calls].count("sendall")
+def converse(sock):
+    """Answer each question; return the frames that came, the secret at last."""
+    frames = [receive(sock)]
+    while frames[-1][:1] == b"Q":
+        sock.sendall(right(frames[-1]))
+        frames.append(receive(sock))
+    return frames
 
 
-def trust_one_recv(address: Any) -> bool:
-    """Take what one recv returns for a frame; return whether that gets the phrase."""
-    trust = mock.patch.object(lab4, "receive_frame", lambda sock: sock.recv(4096))
-    failure = contextlib.suppress(OSError, ValueError, struct.error)
-    with connect(address) as sock, trust, failure:
-        return bool(lab4.answer_questions(sock) == PHRASE)
-    return False
-
-
-class TracingServer(mathserver.MathServer):
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        accepted, address = super().get_request()
-        self.accepted = TracedSocket(accepted)
-        return self.accepted, address
-
-
+@mock.patch.object(mathserver, "PAUSE", 0.001)
 class ConversationTest(unittest.TestCase):
-    def setUp(self) -> None:
+    def setUp(self):
         self.lines: Any = queue.Queue()
         handler = logging.handlers.QueueHandler(self.lines)
         mathserver.LOG.addHandler(handler)
-        self.addCleanup(mathserver.LOG.removeHandler, handler)
         mathserver.LOG.setLevel(logging.INFO)
-        self.addCleanup(lambda: self.assertTrue(self.lines.empty()))
+        self.addCleanup(mathserver.LOG.removeHandler, handler)
 
     @contextlib.contextmanager
-    def serving(self, *parameters: Any) -> Iterator[Any]:
-        self.server = TracingServer("127.0.0.1", 0, PHRASE, *parameters)
-        with self.server, self.server.serving():
-            yield self.server.server_address
+    def talking(self, stops=(), **ended):
+        """Connect a client; yield its socket and, in a conversation, the server's."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            sock = socket.create_connection(server.getsockname())
+            accepted, address = server.accept()
+        served = support.TracedSocket(accepted, stops)
+        event = mock.Mock(**ended)
+        talk = mathserver.Conversation((served, address), PHRASE, event)
+        talk.start()
+        with sock:
+            yield sock, served
+        talk.join(support.TIMEOUT)
 
-    def assert_logged(self, *marks: str, times: int = 1) -> None:
-        """Wait for so many lines of the log, each of which holds all the marks."""
-        for _ in range(times):
-            line = self.lines.get(timeout=TIMEOUT).getMessage() + "\n"
-            for mark in ("127.0.0.1 port ", *marks):
-                self.assertIn(mark, line)
-            self.assertNotRegex(line, "(?i)broken pipe|reset")
+    def assert_line(self, *words):
+        """Check that the next line of the log has all the words."""
+        line = self.lines.get(timeout=support.TIMEOUT).getMessage()
+        for word in words:
+            self.assertIn(word, line)
 
-    def test_right_answers_get_the_secret(self) -> None:
-        for count, whole in ((0, False), (3, False), (20, True)):
-            with self.subTest(count=count), self.serving(count, whole) as address:
-                self.assertEqual(converse(address), count)
-                self.assertFalse(self.lines.empty())  # said before the client can end
-                self.assert_logged(repr(PHRASE), f" {count} ")
+    def test_right_answers_get_the_secret(self):
+        for pick, questions, pieces in ((min, 5, 2), (max, 12, 4)):
+            picking = mock.patch("random.randint", lambda *ends, pick=pick: pick(ends))
+            with picking, self.talking() as (sock, served):
+                frames = converse(sock)
+                self.assert_line(f"secret: {PHRASE!r} for {questions} right answers")
+                self.assertEqual(sock.recv(1), b"")
+            self.assertEqual(frames[questions:], [b"S" + PHRASE])
+            self.assertEqual(len(served.sent), pieces * (questions + 1))
 
-    def test_there_are_5_to_12_questions(self) -> None:
-        with self.serving(None, True) as address:
-            counts = [converse(address) for _ in range(150)]
-            self.assertEqual(set(counts), set(range(5, 13)))
-            self.assert_logged("secret: ", times=150)
+    def test_operands_and_cuts_are_random(self):
+        questions, cuts = [], {0}
+        for _ in range(8):
+            with self.talking() as (sock, served):
+                questions += converse(sock)[:-1]
+            cuts.update(end % 9 for end in itertools.accumulate(served.sent))
+        self.assertEqual(cuts, set(range(9)))
+        for drawn in zip(*(struct.unpack(">xII", question) for question in questions)):
+            self.assertTrue(min(drawn) < 2**30 < max(drawn) < 2**31, drawn)
 
-    @mock.patch.object(mathserver, "PAUSE", 0.0001)
-    def test_operands_and_pieces_are_random(self) -> None:
-        operands: List[int] = []
-        with self.serving(100) as address, connect(address) as sock:
-            for _ in range(100):
-                question = lab4.receive_frame(sock)
-                operands += struct.unpack(">xII", question)
-                accepted = self.server.accepted
-                self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, TCP_NODELAY))
-                sock.sendall(right(question))
-            self.assertEqual(lab4.answer_questions(sock), PHRASE)
-            self.assert_logged()
-        for drawn in (operands[::2], operands[1::2]):
-            self.assertTrue(min(drawn) < 2**29 and 2**30 < max(drawn) < 2**31)
-        pieces = [size for call, size in accepted.calls if call == "sendall"]
-        ends = list(itertools.accumulate(pieces))
-        self.assertEqual({end % 9 for end in ends}, set(range(9)))
-        frames = Counter((end - 1) // 9 for end in ends)
-        self.assertEqual(set(frames.values()), {2, 3, 4})
+    def test_a_piece_is_sent_without_delay_or_time_limit(self):
+        with self.talking() as (sock, served):
+            receive(sock)
+            self.assertTrue(served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            self.assertEqual(set(served.limits), {None})
 
-    def test_one_recv_is_not_one_frame_unless_frames_are_whole(self) -> None:
-        for whole, least, most in ((False, 0, 3), (True, 30, 30)):
-            with self.serving(None, whole) as address:
-                got_through = sum(trust_one_recv(address) for _ in range(30))
-                self.assertTrue(least <= got_through <= most, got_through)
-                self.assert_logged(times=30)
+    def test_a_wrong_answer_is_explained_by_what_went_before(self):
+        with self.talking() as (sock, _):
+            first = receive(sock)
+            sock.sendall(right(first))
+            second = receive(sock)
+            sock.sendall(right(first))
+            self.assertEqual(sock.recv(9), b"")
+        sums = [sum(struct.unpack(">xII", first))]
+        words = mathserver.explain_answer(second, right(first), sums)
+        self.assert_line(f"question 2: {words}")
 
-    @mock.patch.object(mathserver, "PAUSE", TIMEOUT)
-    def test_who_does_not_wait_for_a_frame_is_told_so(self) -> None:
-        deeds = (lambda sock: sock.sendall(b"\0" * 4), repr(b"\0" * 4)), (reset, "left")
-        for count, (deed, mark) in itertools.product((0, 1), deeds):
-            with self.serving(count) as address, connect(address) as sock:
-                piece = sock.recv(9)
-                sock.setblocking(False)
-                self.assertRaises(BlockingIOError, sock.recv, 9)
-                deed(sock)
-                name = "question 1: " if count else "secret: "
-                self.assert_logged(name, mark, f" {len(piece)} of its 9 ", "; receive")
+    def test_what_follows_an_answer_belongs_to_it(self):
+        with self.talking(stops=[4]) as (sock, _):
+            sock.sendall(right(receive(sock)) + b"\n")
+            self.assertEqual(sock.recv(9), b"")
+        self.assert_line("question 1: ", r"'\n' after it")
 
-    def test_a_wrong_answer_is_explained(self) -> None:
-        with self.serving(99, True) as address:
-            for name in wrong(bytes(9)):
-                with self.subTest(name), connect(address) as sock:
-                    for number in range(1, 99):
-                        frame = lab4.receive_frame(sock)
-                        answer = wrong(frame)[name] if number > 1 else right(frame)
-                        sock.sendall(answer)
-                        if answer != right(frame):  # little-endian may be right by luck
-                            break
-                    self.assertEqual(sock.recv(1), b"")
-                    first, second = struct.unpack(">xII", frame)
-                    total = f"question {number}: {first} + {second} is {first + second}"
-                    end = "" if "bit" in name else "\n"  # one bit may be little-endian
-                    note = f", which is {LITTLE}\n" if LITTLE in name else end
-                    fault = f", in 4 bytes {right(frame)!r}, not {answer!r}{note}"
-                    self.assert_logged(total + fault)
+    def test_who_speaks_too_early_is_told_so(self):
+        for data, words in (
+            (b"1234", ("too early: b'1234' came when 0 of 9 ", "receive until all")),
+            (b"hello\n", (r"unasked: b'hello\n' came when 0 of 9 ", "speaks first")),
+        ):
+            with self.talking() as (sock, _):
+                sock.sendall(data)
+                self.assertEqual(sock.recv(9), b"")
+            self.assert_line(*words)
 
-    def test_who_leaves_inside_an_answer_has_left(self) -> None:
-        with self.serving(1, True) as address:
-            for size in range(5):
-                with self.subTest(size), connect(address) as sock:
-                    part = right(lab4.receive_frame(sock))[:size]
-                    sock.sendall(part)
-                    sock.shutdown(socket.SHUT_WR)
-                    left = f"question 1: left after {size} of the 4 bytes"
-                    self.assert_logged(*[left, repr(part)] if size < 4 else ["secret"])
+    @mock.patch.object(mathserver, "HINT", 0.001)
+    def test_silence_is_told_once(self):
+        with self.talking() as (sock, _):
+            question = receive(sock)
+            self.assert_line("question 1: silent", "all 9 bytes", "0 of its 4 came")
+            self.assertRaises(queue.Empty, self.lines.get, timeout=0.05)
+            sock.sendall(right(question))
+            converse(sock)
+            self.assert_line("secret: ")
 
-    def test_who_leaves_before_the_server_ends_has_left(self) -> None:
-        with self.serving() as address:
-            for _ in range(100):
-                connect(address).close()
-        self.assert_logged("question 1: left ", times=100)
+    def test_where_a_client_left_is_seen(self):
+        def peek(sock):
+            while len(sock.recv(9, socket.MSG_PEEK)) < 9:
+                pass
 
-    def test_silence_is_told_before_the_client_is_dropped(self) -> None:
-        self.assertEqual((mathserver.HINT, mathserver.LIMIT), (5, 600))
-        for hint, limit in ((0.01, 0.01), (0, TIMEOUT)):
-            patience = mock.patch.multiple(mathserver, HINT=hint, LIMIT=limit)
-            with patience, self.serving(99, True) as address, connect(address) as sock:
-                question = lab4.receive_frame(sock)
-                self.assert_logged("question 1: still waiting after 0 of the 4 bytes")
-                if limit == TIMEOUT:  # and told but once
-                    for byte in right(question):
-                        sock.sendall(bytes([byte]))
-                    self.assertEqual(lab4.answer_questions(sock), PHRASE)
-                self.assert_logged("question 1: silent for" if hint else "secret: ")
+        for leave, words in (
+            (receive, "question 1: read all 9 bytes and left with 0 of 4"),
+            (lambda sock: sock.sendall(right(receive(sock))[:3]), "left with 3 of 4"),
+            (lambda sock: sock.sendall(right(receive(sock))), "question 2: left after"),
+            (peek, "question 1: left before reading all"),
+            (support.reset, "question 1: left before reading all"),
+        ):
+            with self.talking() as (sock, _):
+                leave(sock)
+            self.assert_line(words)
 
-    @mock.patch.object(mathserver, "HINT", mathserver.LIMIT - 1)
-    def test_stalled_clients_keep_nobody_waiting(self) -> None:
-        room = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 28) // 4
-        many = min(100, room)  # files are open at both ends of stalled and served
-        with self.serving(1, True) as address:
-            with contextlib.ExitStack() as stack, ThreadPoolExecutor(many) as pool:
-                for _ in range(many):
-                    stack.enter_context(connect(address))
-                self.assertEqual({*pool.map(converse, [address] * 400)}, {1})
-            self.assert_logged(times=400 + many)
+    def test_what_comes_after_the_secret_is_no_answer(self):
+        with self.talking() as (sock, _):
+            converse(sock)
+            sock.sendall(b"sum!")
+        self.assert_line("secret: ", repr(PHRASE))
+        self.assert_line("secret: b'sum!' came after it")
+
+    def test_a_client_that_failed_may_first_print_why(self):
+        waits: Any = []  # time limits, and the lines that the log has by then
+        look = self.lines.qsize
+        with self.talking(wait=lambda limit: waits.append((limit, look()))) as (
+            sock,
+            _,
+        ):
+            sock.close()
+        self.assertEqual(waits, [(mathserver.TRACEBACK, 0)])
+        self.assert_line("left before")
+
+
+SERVER = (*PYTHON, "-W", "error", mathserver.__file__)
+COMMAND = (*PYTHON, "-c")  # the command to serve, in Python
+WAIT = "import sys; sys.stdin.readline()"
+LAB = "import subprocess, sys; sys.exit(subprocess.call([*sys.argv[1:], input()]))"
+CONNECT = "import socket; s = socket.create_connection(('127.0.0.1', int(input())))"
+CROWD = f"{CONNECT}; a = [socket.create_connection(s.getpeername()) for _ in range(19)]"
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, 99))"
 
 
 class CommandTest(unittest.TestCase):
     @contextlib.contextmanager
-    def starting(self, *arguments: Any, server: Any = SERVER) -> Iterator[Any]:
-        """Start mathserver.py; yield the process and the address that it listens on."""
-        with started(*server, "--port", "0", *arguments) as process:
-            line = process.stderr.readline().decode()
-            self.assertIn(": listening on 127.0.0.1 port ", line)
-            yield process, ("127.0.0.1", int(line.split()[-1]))
+    def starting(self, *command, change=""):
+        """Start mathserver.py, changed; yield the process and its port."""
+        code = f"from tests import mathserver as server; {change}; server.main()"
+        line = (*COMMAND, code) if change else SERVER
+        with started(*line, "--port", 0, *command, cwd=support.ROOT) as process:
+            listening = process.stderr.readline().decode()
+            self.assertIn(": listening on 127.0.0.1 port ", listening)
+            yield process, int(listening.split()[-1])
 
-    def outcome(self, number: int, *command: object) -> Any:
-        """Run it with a command that may read the port, and send it a signal."""
-        with self.starting(*command) as (process, address):
-            process.send_signal(number)
-            return finish(process, b"%d\n" % address[1])
+    def assert_ending(self, command, status, words, change=""):
+        """Run it with a command that may read the port; check how that ends."""
+        with self.starting(*command, change=change) as (process, port):
+            stdout, stderr, ended = finish(process, b"%d\n" % port)
+        self.assertEqual(ended, status, stderr)
+        output = stdout.decode().replace(os.linesep, "\n") + stderr
+        self.assertRegex(output, rf"\A{words}\Z")
+        return stdout
 
-    def test_it_ends_with_its_command_or_by_a_signal(self) -> None:
-        lab = ("sh", "-c", 'read x; "$@" localhost $x', "sh", *PYTHON, lab4.__file__)
-        crash = "import socket as s; s.create_connection(('localhost', int(input()))).x"
-        cases: Dict[Tuple[Any, ...], Tuple[int, str]] = {
-            (0, *lab): (0, r"([!-~]{8})\n.*: secret: b'\1'.*\n"),
-            (0, "--", *lab): (0, r"([!-~]{8})\n.*: secret: b'\1'.*\n"),
-            (0, "echo", "--port", "-h"): (0, "--port -h\n"),
-            (0, "sh", "-c", "kill -TERM $$"): (143, ""),
-            (0, "./nosuch"): (127, "mathserver.py: .*'./nosuch'.*\n"),
-            (0, *PYTHON, "-c", crash): (1, r"(.*\n)*.*: question 1: left .*\n(.*\n)*"),
-        }
+    def test_it_serves_its_command_and_has_a_new_secret_each_time(self):
+        lab = (*COMMAND, LAB, *support.LAB4, "127.0.0.1")
+        secret = r"([!-~]{8})\n.*: secret: b'\1' for .*\n"
+        first = self.assert_ending(lab, 0, secret)
+        self.assertNotEqual(self.assert_ending(("--", *lab), 0, secret), first)
+
+    def test_it_ends_with_the_status_of_its_command(self):
+        posix = os.name == "posix"
+        for code, status in (
+            ("sys.exit(len(sys.argv) * 3)", 6),
+            ("os.kill(os.getpid(), 15)", 143 if posix else 15),
+            ("os._exit(-5)", 251 if posix else 2**32 - 5),
+        ):
+            command = (*COMMAND, f"import os, sys; {code}", "--port")
+            self.assert_ending(command, status, r".*: nobody .* port \d+ over TCP\n")
+        self.assert_ending(("./nosuch",), 127, r"mathserver.py: .*'./nosuch'.*\n")
+
+    def test_the_last_word_is_its_own(self):
+        crash = (*COMMAND, f"{CONNECT}; s.x")
+        self.assert_ending(crash, 1, r"Traceback[^\0]*\nAttribute.*\n.*: left .*\n")
+        self.assert_ending((*COMMAND, CROWD), 0, r"(.*: left .*\n){20}")
+
+    @POSIX
+    def test_it_says_when_threads_run_out(self):
+        change = "import threading; threading.stack_size(1 << 47)"
+        command = (*COMMAND, f"{CONNECT}; s.recv(9)")
+        self.assert_ending(command, 0, ".*: cannot .* thread\n", change)
+
+    @POSIX
+    def test_it_says_when_files_run_out(self):
+        command = (*COMMAND, f"{LIMIT % 99}; {CROWD}; s.recv(1); input()")
+        told = (
+            r"(.*: cannot .* files\n){1,2}[^\0]*EOF.*\n(.*: (left|cannot) .*\n){20,22}"
+        )
+        self.assert_ending(command, 1, told, LIMIT % 12)
+
+    @POSIX
+    def test_a_signal_ends_it_at_once(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            cases.update({(number,): (-number, ""), (number, *WAIT): (-number, "")})
-        outcomes = dict(each(self.outcome, cases))
-        for case, (stdout, stderr, status) in outcomes.items():
-            with self.subTest(case):
-                self.assertEqual(status, cases[case][0])
-                self.assertRegex(stdout.decode() + stderr, rf"\A{cases[case][1]}\Z")
-        self.assertNotEqual(outcomes[(0, *lab)][0], outcomes[(0, "--", *lab)][0])
+            for command in ((), (*COMMAND, WAIT)):
+                with self.starting(*command) as (process, _):
+                    process.send_signal(number)
+                    self.assertEqual(finish(process), (b"", "", -number), command)
 
-    def test_a_client_that_outlives_the_command_is_not_awaited(self) -> None:
-        haste = "import mathserver as server; server.GRACE = 0; server.main()"
-        hasty = (*PYTHON, "-c", f"import sys; sys.path = {sys.path}; {haste}")
-        with self.starting(*WAIT, server=hasty) as (process, address), connect(address):
+    def test_it_says_when_nobody_connects(self):
+        change = "server.LONELY = 0"
+        with self.starting(*COMMAND, WAIT, change=change) as (process, port):
+            self.assertIn(b"port %d over TCP" % port, process.stderr.readline())
             self.assertEqual(finish(process, b"\n"), (b"", "", 0))
 
-    def test_its_port_is_its_own_and_free_at_once_when_it_ends(self) -> None:
-        with self.starting() as (_, address):
-            with connect(address) as sock:
-                sock.sendall(bytes(9))
-                while sock.recv(9):
-                    pass
-            stdout, stderr, status = run(*SERVER, "--port", address[1])
-            self.assertRegex(stderr, rf"\Amathserver.py: .* port {address[1]}: .*\n\Z")
-            self.assertEqual((stdout, status), (b"", 1))
-        with self.starting("--port", address[1]) as (_, again):
-            self.assertEqual(again, address)
+    def test_a_client_that_outlives_the_command_is_not_awaited(self):
+        serving = self.starting(*COMMAND, WAIT, change="server.GRACE = 0")
+        with serving as (process, port), socket.create_connection(("127.0.0.1", port)):
+            self.assertEqual(finish(process, b"\n"), (b"", "", 0))
 
-    def test_its_options_are_few_and_checked(self) -> None:
-        cases = {"-h": 0, "--bind=203.0.113.1": 1, "--bind=a..b": 1}
-        cases.update({"--port=-1": 2, "--port=65536": 2})
-        cases.update({"--secret=12345678": 2, "--questions=1": 2, "--whole-frames": 2})
-        lines = [(*SERVER, option) for option in cases]
-        for (*_, option), (stdout, stderr, status) in each(run, lines):
-            with self.subTest(option):
-                self.assertEqual(status, cases[option])
-                self.assertEqual(b"(default: 8000)" in stdout, option == "-h")
-                self.assertEqual(stderr.count("mathserver.py: "), min(status, 1))
+    def test_stalled_clients_keep_nobody_waiting(self):
+        def served(port):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                return converse(sock)[-1][:1]
+
+        starting = self.starting(change="server.PAUSE = 0.001")
+        with starting as (_, port), contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            with ThreadPoolExecutor(50) as pool:
+                self.assertEqual({*pool.map(served, [port] * 400)}, {b"S"})
+
+    def test_its_port_is_its_own_and_free_at_once_when_it_ends(self):
+        with self.starting() as (_, port):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(bytes(9))
+                self.assertEqual(sock.recv(9), b"")
+            stdout, stderr, status = run(*SERVER, "--port", port)
+            self.assertRegex(stderr, rf"\Amathserver.py: .*\b{port}\b.*\n\Z")
+            self.assertEqual((stdout, status), (b"", 1))
+        with started(*SERVER, "--port", port) as process:
+            self.assertIn(b" port %d" % port, process.stderr.readline())
+
+    def test_its_options_are_few_and_checked(self):
+        statuses = {"-h": 0, "--bind=203.0.113.1": 1, "--bind=a..b": 1, "--port=-1": 2}
+        statuses.update({"--port=65536": 2, "--secret=1": 2})
+        lines = [(*SERVER, option) for option in statuses]
+        for (*_, option), (stdout, stderr, status) in support.each(run, lines).items():
+            self.assertEqual(status, statuses[option], option)
+            self.assertEqual(b"(default: 8000)" in stdout, option == "-h")
+            self.assertEqual(stderr.count("mathserver.py: "), min(status, 1), stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

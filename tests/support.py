@@ -1,0 +1,90 @@
+"""What the tests share: a socket that notes its calls, and processes run to the end."""
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 20  # seconds, for what takes a fraction of one
+PYTHON = (sys.executable, "-S")  # without installed packages
+LAB4 = (*PYTHON, "-W", "error", str(ROOT / "lab4.py"))
+POSIX = unittest.skipUnless(os.name == "posix", "of POSIX systems alone")
+ENVIRONMENT = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"}
+ENVIRONMENT.update({"PYTHONIOENCODING": "utf-8", "RES_OPTIONS": "attempts:1 timeout:1"})
+socket.setdefaulttimeout(TIMEOUT)  # so that no test hangs
+
+
+class TracedSocket(socket.socket):
+    """A real socket that notes the calls on it; its recv takes nothing past a stop.
+
+    Called again and again after the end of the stream, recv raises AssertionError.
+    """
+
+    def __init__(self, sock: socket.socket, stops: Iterable[int] = ()) -> None:
+        super().__init__(fileno=sock.detach())
+        self.position, self.stops, self.ends = 0, list(stops), 0  # of what arrives
+        self.calls: List[Tuple[str, int]] = []
+        self.sent: List[int] = []  # the size of each piece
+        self.limits: List[Any] = []  # of time, for each piece
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        if self.ends > 1:
+            raise AssertionError(
+                "recv is called again and again after the stream's end"
+            )
+        self.calls.append(("recv", size))
+        ahead = [stop - self.position for stop in self.stops if stop > self.position]
+        data = super().recv(min([size, *ahead]), flags)
+        self.position += len(data)
+        self.ends += not data
+        return data
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        self.calls.append(("sendall", len(data)))
+        self.sent.append(len(data))
+        self.limits.append(self.gettimeout())
+        super().sendall(data, flags)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close the connection with a reset instead of an end of stream."""
+    linger = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    sock.close()
+
+
+@contextlib.contextmanager
+def started(*line: Any, **options: Any) -> Iterator[Any]:
+    """Start a command line; kill what still runs at the end of the block."""
+    pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
+    words = [word if isinstance(word, bytes) else str(word) for word in line]
+    with subprocess.Popen(words, **{**pipes, **options}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(process: Any, stdin: bytes = b"") -> Tuple[bytes, str, int]:
+    """Wait for the end of a process; return its stdout, stderr and exit status."""
+    stdout, stderr = process.communicate(stdin, TIMEOUT)
+    return stdout or b"", stderr.decode().replace(os.linesep, "\n"), process.returncode
+
+
+def run(*line: Any) -> Tuple[bytes, str, int]:
+    with started(*line) as process:
+        return finish(process)
+
+
+def each(function: Callable[..., Any], cases: Iterable[Any]) -> Dict[Any, Any]:
+    """Return by case what `function` makes of it, of some cases at a time."""
+    cases = list(cases)
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(cases, pool.map(lambda case: function(*case), cases)))
