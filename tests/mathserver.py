@@ -101,7 +101,7 @@ def explain_leaving(sent: bytes, answer: bytes, sums: List[int], unread: bool) -
     if sent.startswith(b"S"):
         return ""
     first, second = struct.unpack("!xII", sent)
-    read = "was sent" if sys.platform == "darwin" else "read"  # no reset tells there
+    read = "read" if sys.platform == "linux" else "was sent"  # else no reset tells
     words = f"{read} all 9 bytes and left with {len(answer)} of 4 sent: it failed at"
     if sums and max(sums) < 2**31 <= first + second:
         return f"{words} the first sum too big for a signed integer, {first} + {second}"
