@@ -283,7 +283,7 @@ class CommandTest(unittest.TestCase):
         self.assert_ending((*COMMAND, CROWD), 0, r"(.*: left .*\n){20}")
 
     def test_it_says_when_threads_run_out(self):
-        # Joined before it is started, a thread raises what it raises for want of threads.
+        # Joined before its start, a thread raises what it does for want of threads.
         change = "server.Conversation.start = server.Conversation.join; "
         change += "server.time.sleep = str"
         command = (*COMMAND, f"{CONNECT}; s.recv(9)")
