@@ -70,7 +70,16 @@ class ProtocolTest(unittest.TestCase):
             self.assertRegex(str(caught.exception), rf"\b{size} of .*\b9\b")
 
 
-def meet(stream, act=None, line=LAB4, bind="127.0.0.1", host="127.0.0.1", **options):
+def end(_, peer):
+    """End the stream."""
+    peer.shutdown(socket.SHUT_WR)
+
+
+def stay(*_):
+    """Leave the connection open."""
+
+
+def meet(stream, act=end, line=LAB4, bind="127.0.0.1", host="127.0.0.1", **options):
     """Let a stream arrive in lab4.py, then act(process, peer); return how it ended.
 
     That is its stdout, stderr and status, and the server's address as it was given.
@@ -81,8 +90,7 @@ def meet(stream, act=None, line=LAB4, bind="127.0.0.1", host="127.0.0.1", **opti
         starting = support.started(*line, *address, **options)
         with starting as process, accept(server, process) as peer:
             peer.sendall(stream)
-            if act:
-                act(process, peer)
+            act(process, peer)
             return (*support.finish(process), address)
 
 
@@ -97,7 +105,7 @@ def accept(server, process):
     raise AssertionError(f"lab4.py does not connect: {process.stderr.read()!r}")
 
 
-class CommandTest(unittest.TestCase):
+class ScriptTest(unittest.TestCase):
     def assert_fault(self, reason, outcome):
         """Check for one line on stderr, nothing on stdout, and status 1."""
         stdout, stderr, status, address = outcome
@@ -120,6 +128,9 @@ class CommandTest(unittest.TestCase):
 
     def test_the_host_may_be_a_name(self):
         self.assert_phrase(meet(SECRET, host="localhost"))
+
+    def test_the_server_need_not_close_the_connection(self):
+        self.assert_phrase(meet(SECRET, stay))
 
     def test_the_host_may_be_an_ipv6_address(self):
         try:
@@ -174,19 +185,16 @@ class CommandTest(unittest.TestCase):
             self.assert_fault(reasons[address], (*outcome, address))
 
     def test_the_server_may_end_it_in_any_way(self):
-        def close(_, peer):
-            peer.close()
-
-        for stream, end, reason in (
-            (QUESTION[:5], close, " 5 of a frame's 9 bytes"),
+        for stream, act, reason in (
+            (QUESTION[:5], end, " 5 of a frame's 9 bytes"),
             (SECRET[:5], lambda _, peer: support.reset(peer), errno.ECONNRESET),
-            (b"q\x1b[2J\xff\n\a.", close, repr(b"q\x1b[2J\xff\n\a.")),
+            (b"q\x1b[2J\xff\n\a.", end, repr(b"q\x1b[2J\xff\n\a.")),
         ):
-            self.assert_fault(reason, meet(stream, end))
+            self.assert_fault(reason, meet(stream, act))
 
     def test_an_error_may_have_no_number(self):
         code = "import lab4, socket; socket.setdefaulttimeout(0.01); lab4.main()"
-        outcome = meet(b"", line=(*PYTHON, "-c", code), cwd=ROOT)
+        outcome = meet(b"", stay, (*PYTHON, "-c", code), cwd=ROOT)
         self.assert_fault("timed out", outcome)
 
     @POSIX

@@ -240,7 +240,7 @@ CONNECT = "import socket; s = socket.create_connection(('127.0.0.1', int(input()
 CROWD = f"{CONNECT}; a = [socket.create_connection(s.getpeername()) for _ in range(19)]"
 
 
-class CommandTest(unittest.TestCase):
+class ServerTest(unittest.TestCase):
     @contextlib.contextmanager
     def starting(self, *command, change=""):
         """Start mathserver.py, changed; yield the process and its port."""
