@@ -152,11 +152,14 @@ class ConversationTest(unittest.TestCase):
         for drawn in zip(*(struct.unpack(">xII", question) for question in questions)):
             self.assertTrue(min(drawn) < 2**30 < max(drawn) < 2**31, drawn)
 
-    def test_a_piece_is_sent_without_delay_or_time_limit(self):
+    def test_a_piece_is_sent_after_a_pause_without_delay_or_time_limit(self):
         with self.talking() as (sock, served):
             receive(sock)
             self.assertTrue(served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             self.assertEqual(set(served.limits), {None})
+        names = [name for name, _ in served.calls]
+        count = len(served.sent)
+        self.assertEqual(names[: 2 * count], ["recv", "sendall"] * count)
 
     def test_a_wrong_answer_is_explained_by_what_went_before(self):
         with self.talking() as (sock, _):
@@ -175,6 +178,7 @@ class ConversationTest(unittest.TestCase):
             self.assertEqual(sock.recv(9), b"")
         self.assert_line("question 1: ", r"'\n' after it")
 
+    @mock.patch.object(mathserver, "PAUSE", support.TIMEOUT)
     def test_who_speaks_too_early_is_told_so(self):
         for data, words in (
             (b"1234", ("too early: b'1234' came when 0 of 9 ", "receive until all")),
@@ -195,23 +199,26 @@ class ConversationTest(unittest.TestCase):
             converse(sock)
             self.assert_line("secret: ")
 
-    def test_where_a_client_left_is_seen(self):
-        for leave, words in (
-            (receive, "all 9 bytes and left with 0 of 4"),
-            (lambda sock: sock.sendall(right(receive(sock))[:3]), "left with 3 of 4"),
-            (lambda sock: sock.sendall(right(receive(sock))), "question 2: left after"),
-            (lambda sock: sock.recv(1), "question 1: left before reading all"),
-        ):
+    def test_a_client_that_leaves_instead_of_answering_is_told_so(self):
+        for size in range(4):
             with self.talking() as (sock, _):
-                leave(sock)
-            self.assert_line(words)
+                sock.sendall(right(receive(sock))[:size])
+            self.assert_line("question 1: ", f"all 9 bytes and left with {size} of 4")
+
+    def test_a_client_that_leaves_after_an_answer_is_told_so(self):
+        with self.talking() as (sock, _):
+            question = receive(sock)
+            mathserver.PAUSE = support.TIMEOUT  # in which the stream ends
+            sock.sendall(right(question))
+        self.assert_line("question 2: left after right answer 1")
 
     @unittest.skipUnless(sys.platform == "linux", "a reset tells of it on Linux alone")
-    def test_a_client_that_leaves_bytes_unread_has_not_read_all(self):
-        with self.talking() as (sock, _):
-            while len(sock.recv(9, socket.MSG_PEEK)) < 9:
-                pass
-        self.assert_line("question 1: left before reading all")
+    def test_a_client_that_leaves_bytes_unread_is_told_so(self):
+        for size in (1, 9):
+            with self.talking() as (sock, _):
+                while len(sock.recv(size, socket.MSG_PEEK)) < size:
+                    pass
+            self.assert_line("question 1: left before reading all")
 
     def test_what_comes_after_the_secret_is_no_answer(self):
         with self.talking() as (sock, _):
@@ -279,7 +286,8 @@ class ServerTest(unittest.TestCase):
 
     def test_the_last_word_is_its_own(self):
         crash = (*COMMAND, f"{CONNECT}; s.x")
-        self.assert_ending(crash, 1, r"Traceback[^\0]*\nAttribute.*\n.*: left .*\n")
+        words = r"Traceback[^\0]*\nAttribute.*\n.*: left .*\n"
+        self.assert_ending(crash, 1, words, f"server.TRACEBACK = {support.TIMEOUT}")
         self.assert_ending((*COMMAND, CROWD), 0, r"(.*: left .*\n){20}")
 
     def test_it_says_when_threads_run_out(self):
@@ -339,12 +347,17 @@ class ServerTest(unittest.TestCase):
         with self.starting() as (_, port):
             with socket.create_connection(("127.0.0.1", port)) as sock:
                 sock.sendall(bytes(9))
-                self.assertEqual(sock.recv(9), b"")
+                while sock.recv(9):
+                    pass
             stdout, stderr, status = run(*SERVER, "--port", port)
             self.assertRegex(stderr, rf"\Amathserver.py: .*\b{port}\b.*\n\Z")
             self.assertEqual((stdout, status), (b"", 1))
         with started(*SERVER, "--port", port) as process:
             self.assertIn(b" port %d" % port, process.stderr.readline())
+
+    def test_its_patience_is_as_promised(self):
+        times = (mathserver.PAUSE, mathserver.HINT, mathserver.LONELY, mathserver.GRACE)
+        self.assertEqual(times, (0.01, 2, 5, 3))
 
     def test_its_options_are_few_and_checked(self):
         statuses = {"-h": 0, "--bind=203.0.113.1": 1, "--bind=a..b": 1, "--port=-1": 2}
