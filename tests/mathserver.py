@@ -19,7 +19,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 PAUSE = 0.01  # seconds of silence before each piece of a frame
 HINT = 2  # seconds of silence until the log tells of it
-TRACEBACK = 1  # seconds at most that a client has to print why it failed before the log
+TRACEBACK = 1  # seconds at most that the log leaves a failed client to print why
 LONELY = 5  # seconds until the log tells that nobody has connected
 GRACE = 3  # seconds at most that clients may go on after the end of the command
 LOG = logging.getLogger("mathserver")
@@ -53,10 +53,8 @@ def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[str, int]]:
     yield "all sums so far added up", sum(sums) + first + second
 
 
-def encodings(
-    total: int, question: bytes, answer: bytes
-) -> Iterator[Tuple[bytes, str]]:
-    """Yield what usual mistakes send of a sum, by name, then what is right."""
+def forms(total: int, question: bytes, answer: bytes) -> Iterator[Tuple[bytes, str]]:
+    """Yield what usual mistakes send of a sum, by name, then the right 4 bytes."""
     right = struct.pack("!I", total % 2**32)
     yield right + answer[4:], f"sent with {answer[4:][:32]!r} after it"
     yield answer[:-4] + right, f"sent with {answer[:-4][:32]!r} before it"
@@ -77,11 +75,9 @@ def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
     """Return what is wrong with an answer; `sums` are those of the questions before."""
     found: Dict[int, Set[str]] = {1: set(), 2: set()}  # by the number of mistakes
     for thought, total in additions(question, sums):
-        forms = dict(
-            encodings(total, question, answer)
-        )  # the last name for bytes holds
-        if answer in forms:
-            mistakes = [mistake for mistake in (thought, forms[answer]) if mistake]
+        names = dict(forms(total, question, answer))  # of two for one form, the last
+        if answer in names:
+            mistakes = [mistake for mistake in (thought, names[answer]) if mistake]
             found[len(mistakes)].add(", ".join(mistakes))
     causes = sorted(found[1] or found[2])
     why = ": " + "; or ".join(causes) if 0 < len(causes) < 4 else ""
@@ -114,7 +110,8 @@ class Conversation(threading.Thread):
     def __init__(self, client: Any, secret: bytes, ended: threading.Event) -> None:
         (self.sock, address), self.secret, self.ended = client, secret, ended
         super().__init__(name="%s port %s" % address[:2], daemon=True)
-        self.sent, self.answer, self.hinted = b"", b"", False
+        self.stage, self.hinted = self.name, False
+        self.sent = self.answer = b""  # the frame under way, and what came after it
         self.sums: List[int] = []  # the right answers so far
 
     def run(self) -> None:
@@ -219,7 +216,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--bind", default="127.0.0.1", help="address to listen on")
+    parser.add_argument(
+        "--bind", metavar="ADDRESS", default="127.0.0.1", help="address to listen on"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 for any free port")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="serve while it runs")
     args = parser.parse_args()
@@ -228,12 +227,12 @@ def main() -> None:
     if args.command[:1] == ["--"]:
         del args.command[0]
     logging.basicConfig(level=logging.INFO, format="mathserver.py: %(message)s")
-    family = socket.AF_INET6 if ":" in args.bind else socket.AF_INET
     try:
-        address = (args.bind, args.port)
+        found: Any = socket.getaddrinfo(args.bind, args.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
         server = socket.create_server(address, family=family, backlog=4096)
-    except (OSError, UnicodeError) as error:
-        sys.exit(f"mathserver.py: cannot listen on {args.bind}: {error}")
+    except (OSError, UnicodeError) as error:  # the last of whose args are words
+        sys.exit(f"mathserver.py: cannot listen on {args.bind}: {error.args[-1]}")
     LOG.info("listening on %s port %s", *server.getsockname()[:2])
     try:
         process = subprocess.Popen(args.command) if args.command else None
