@@ -46,7 +46,7 @@ def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[str, int]]:
         yield short, integer(question[1 : min(n, 5)]) + integer(question[5:n])
     parts = [(i, j) for i, j in itertools.combinations(range(10), 2) if j - i < 5]
     for (i, j), (k, n) in itertools.combinations_with_replacement(parts, 2):
-        where = f"its bytes [{i}:{j}] and [{k}:{n}] added, not [1:5] and [5:9]"
+        where = f"bytes [{i}:{j}] and [{k}:{n}] sliced or received, not [1:5] and [5:9]"
         yield where, integer(question[i:j]) + integer(question[k:n])
     for number, earlier in enumerate(sums, 1):
         yield f"the sum of question {number}", earlier
@@ -101,7 +101,7 @@ def explain_leaving(sent: bytes, answer: bytes, sums: List[int], unread: bool) -
     words = f"{read} all 9 bytes and left with {len(answer)} of 4 sent: it failed at"
     if sums and max(sums) < 2**31 <= first + second:
         return f"{words} the first sum too big for a signed integer, {first} + {second}"
-    return f"{words} {first} + {second}, or took it for S"
+    return f"{words} {first} + {second}, or took it for the secret"
 
 
 class Conversation(threading.Thread):
