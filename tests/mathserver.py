@@ -18,7 +18,7 @@ import time
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 PAUSE = 0.01  # seconds of silence before each piece of a frame
-HINT = 2  # seconds of silence until the log tells of it
+HINT = 2  # seconds of silence until the log tells of it; also those after the secret
 TRACEBACK = 1  # seconds at most that the log leaves a failed client to print why
 LONELY = 5  # seconds until the log tells that nobody has connected
 GRACE = 3  # seconds at most that clients may go on after the end of the command
@@ -30,54 +30,55 @@ class ClientError(Exception):
     """What is wrong with a client, in words for its author."""
 
 
-def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[str, int]]:
+def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
     """Yield the sum of a question, then what usual mistakes make of it, by name."""
     first, second = struct.unpack("!xII", question)
-    yield "", first + second
+    yield first + second, ""
     for bits in (8, 16, 24, 31, 32):
-        yield f"wrapped modulo 2**{bits}", (first + second) % 2**bits
-    yield "only the first operand", first
-    yield "only the second operand", second
-    yield "the operands read as little-endian", sum(struct.unpack("<xII", question))
-    yield "single bytes added", sum(question[1:])
-    yield "pairs of bytes added", sum(struct.unpack("!xHHHH", question))
+        yield (first + second) % 2**bits, f"wrapped modulo 2**{bits}"
+    yield first, "only the first operand"
+    yield second, "only the second operand"
+    yield sum(struct.unpack("<xII", question)), "the operands read as little-endian"
+    yield sum(question[1:]), "single bytes added"
+    yield sum(struct.unpack("!xHHHH", question)), "pairs of bytes added"
     for n in range(2, 9):
         short = f"only its bytes [0:{n}] used; receive until all 9 are there"
-        yield short, integer(question[1 : min(n, 5)]) + integer(question[5:n])
+        yield integer(question[1 : min(n, 5)]) + integer(question[5:n]), short
     parts = [(i, j) for i, j in itertools.combinations(range(10), 2) if j - i < 5]
     for (i, j), (k, n) in itertools.combinations_with_replacement(parts, 2):
         where = f"bytes [{i}:{j}] and [{k}:{n}] sliced or received, not [1:5] and [5:9]"
-        yield where, integer(question[i:j]) + integer(question[k:n])
+        if (i, j, k) != (1, 5, 5):  # that is its bytes [0:n]
+            yield integer(question[i:j]) + integer(question[k:n]), where
     for number, earlier in enumerate(sums, 1):
-        yield f"the sum of question {number}", earlier
-    yield "all sums so far added up", sum(sums) + first + second
+        yield earlier, f"the sum of question {number}"
+    yield sum(sums) + first + second, "all sums so far added up"
 
 
 def forms(total: int, question: bytes, answer: bytes) -> Iterator[Tuple[bytes, str]]:
     """Yield what usual mistakes send of a sum, by name, then the right 4 bytes."""
-    right = struct.pack("!I", total % 2**32)
+    n, right = len(answer), struct.pack("!I", total % 2**32)
     yield right + answer[4:], f"sent with {answer[4:][:32]!r} after it"
     yield answer[:-4] + right, f"sent with {answer[:-4][:32]!r} before it"
     yield question + right, "sent with the question before it"
     yield right + right, "sent twice"
-    for n, order in itertools.product((4, 8, len(answer)), ("big", "little")):
+    for order in ("big", "little"):
         yield (total % 256**n).to_bytes(n, order), f"sent {order}-endian in {n} bytes"
     end = answer[len(answer.rstrip(b"\r\n\0 ")) :]  # a newline, say
     yield repr(right).encode() + end, "sent as the text of a bytes object"
     for style in ("x", "#x", "08x", "X", "08X"):
         yield format(total, style).encode() + end, "sent as hexadecimal text"
     yield str(total).encode() + end, "sent as decimal text"
-    yield question[-max(8, len(answer)) :], "the operands sent one after the other"
+    yield question[-max(8, n) :], "the operands sent one after the other"
     yield right, ""
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
     """Return what is wrong with an answer; `sums` are those of the questions before."""
     found: Dict[int, Set[str]] = {1: set(), 2: set()}  # by the number of mistakes
-    for thought, total in additions(question, sums):
+    for total, adding in additions(question, sums):
         names = dict(forms(total, question, answer))  # of two for one form, the last
         if answer in names:
-            mistakes = [mistake for mistake in (thought, names[answer]) if mistake]
+            mistakes = [mistake for mistake in (adding, names[answer]) if mistake]
             found[len(mistakes)].add(", ".join(mistakes))
     causes = sorted(found[1] or found[2])
     why = ": " + "; or ".join(causes) if 0 < len(causes) < 4 else ""
@@ -89,7 +90,7 @@ def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
 
 
 def explain_leaving(sent: bytes, answer: bytes, sums: List[int], unread: bool) -> str:
-    """Return what is wrong with leaving then, or ""; a reset tells of bytes unread."""
+    """Return what is wrong with leaving then, "" if nothing; `unread`: not all read."""
     if sums and not sent:
         return f"left after right answer {len(sums)}; go on until a frame begins with S"
     if len(sent) < 9 or unread:
@@ -110,16 +111,13 @@ class Conversation(threading.Thread):
     def __init__(self, client: Any, secret: bytes, ended: threading.Event) -> None:
         (self.sock, address), self.secret, self.ended = client, secret, ended
         super().__init__(name="%s port %s" % address[:2], daemon=True)
-        self.stage, self.hinted = self.name, False
-        self.sent = self.answer = b""  # the frame under way, and what came after it
         self.sums: List[int] = []  # the right answers so far
+        self.hinted = False
 
     def run(self) -> None:
         """Hold the conversation, and log what is wrong with the client, if anything."""
         try:
             with self.sock:
-                # Else the kernel would join the pieces of a frame.
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
                 for number in range(1, random.randint(5, 12) + 1):
                     self.stage = f"{self.name}: question {number}"
                     self.ask()
@@ -146,9 +144,11 @@ class Conversation(threading.Thread):
             piece = self.receive(None if self.hinted else HINT)
             if not piece:
                 self.hinted = True
-                words = "all 9 bytes are sent, no more comes before the answer, and"
-                words = f"silent for {HINT} s: {words} {len(self.answer)} of its 4 came"
-                LOG.info("%s: %s", self.stage, words)
+                count = f"{len(self.answer)} of the answer's 4 have come"
+                words = (
+                    f"all 9 bytes are sent, nothing more comes before it, and {count}"
+                )
+                LOG.info("%s: silent for %s s: %s", self.stage, HINT, words)
             self.answer += piece
         with contextlib.suppress(EOFError, OSError):
             self.answer += self.receive(PAUSE)  # more than the answer, if it comes
@@ -159,6 +159,8 @@ class Conversation(threading.Thread):
     def send(self, frame: bytes) -> None:
         """Send a frame in 2 to 4 pieces; raise ClientError if it is not awaited."""
         self.sent = self.answer = b""
+        # Else the kernel would join the pieces.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         for end in (*sorted(random.sample(range(1, 9), random.randint(1, 3))), 9):
             early = self.receive(PAUSE)
             came = f"{early[:32]!r} came when {len(self.sent)} of 9 bytes had been sent"
@@ -171,7 +173,7 @@ class Conversation(threading.Thread):
             self.sent = frame[:end]
 
     def receive(self, seconds: Optional[float]) -> bytes:
-        """Return what comes in time, b"" if nothing; raise EOFError at the end."""
+        """Return what comes in time, b"" if nothing; raise an error at the end."""
         self.sock.settimeout(seconds)
         try:
             data: bytes = self.sock.recv(1024)
@@ -179,7 +181,7 @@ class Conversation(threading.Thread):
             return b""
         if not data:
             reset = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            raise ConnectionResetError if reset else EOFError  # a reset: bytes unread
+            raise ConnectionResetError if reset else EOFError  # reset: not all read
         return data
 
 
@@ -205,9 +207,8 @@ def serve(server: socket.socket, secret: bytes, process: Any) -> None:
             LOG.error("cannot serve a client: %s", error)
             time.sleep(1)
         lonely = False
-    for thread in threading.enumerate():
-        if isinstance(thread, Conversation):
-            thread.join(max(0, deadline - time.monotonic()))
+    for thread in {*threading.enumerate()} - {threading.current_thread()}:
+        thread.join(max(0, deadline - time.monotonic()))
 
 
 def main() -> None:
@@ -235,12 +236,12 @@ def main() -> None:
         sys.exit(f"mathserver.py: cannot listen on {args.bind}: {error.args[-1]}")
     LOG.info("listening on %s port %s", *server.getsockname()[:2])
     try:
-        process = subprocess.Popen(args.command) if args.command else None
+        process: Any = subprocess.Popen(args.command) if args.command else None
     except OSError as error:
         LOG.error("cannot run %r: %s", args.command[0], error.strerror)
         os._exit(127)
     serve(server, secrets.token_urlsafe(6).encode(), process)
-    status = process.returncode if process else 0
+    status = process.returncode
     status = 128 - status if status < 0 else status  # of a signal, as shells tell it
     os._exit(status - 2**32 if status >= 2**31 else status)  # Windows' is unsigned
 

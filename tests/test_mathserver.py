@@ -199,7 +199,7 @@ class ConversationTest(unittest.TestCase):
     def test_silence_is_told_once(self):
         with self.talking() as (sock, _):
             question = receive(sock)
-            self.assert_line("question 1: silent", "all 9 bytes", "0 of its 4 came")
+            self.assert_line("question 1: silent", "all 9 bytes", "0 of the answer's 4")
             self.assertRaises(queue.Empty, self.lines.get, timeout=0.05)
             sock.sendall(right(question))
             converse(sock)
