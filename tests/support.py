@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import struct
 import subprocess
 import sys
 import unittest
@@ -30,16 +29,15 @@ class TracedSocket(socket.socket):
     def __init__(self, sock: socket.socket, stops: Iterable[int] = ()) -> None:
         super().__init__(fileno=sock.detach())
         self.position, self.stops, self.ends = 0, list(stops), 0  # of what arrives
-        self.calls: List[Tuple[str, int]] = []
-        self.sent: List[int] = []  # the size of each piece
-        self.limits: List[Any] = []  # of time, for each piece
+        self.calls: List[str] = []
+        self.pieces: List[Tuple[int, Any]] = []  # their sizes and time limits, as sent
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         if self.ends > 1:
             raise AssertionError(
                 "recv is called again and again after the stream's end"
             )
-        self.calls.append(("recv", size))
+        self.calls.append("recv")
         ahead = [stop - self.position for stop in self.stops if stop > self.position]
         data = super().recv(min([size, *ahead]), flags)
         self.position += len(data)
@@ -47,25 +45,16 @@ class TracedSocket(socket.socket):
         return data
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        self.calls.append(("sendall", len(data)))
-        self.sent.append(len(data))
-        self.limits.append(self.gettimeout())
+        self.calls.append("sendall")
+        self.pieces.append((len(data), self.gettimeout()))
         super().sendall(data, flags)
-
-
-def reset(sock: socket.socket) -> None:
-    """Close the connection with a reset instead of an end of stream."""
-    linger = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    sock.close()
 
 
 @contextlib.contextmanager
 def started(*line: Any, **options: Any) -> Iterator[Any]:
     """Start a command line; kill what still runs at the end of the block."""
     pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
-    words = [word if isinstance(word, bytes) else str(word) for word in line]
-    with subprocess.Popen(words, **{**pipes, **options}) as process:
+    with subprocess.Popen([*map(str, line)], **{**pipes, **options}) as process:
         try:
             yield process
         finally:
