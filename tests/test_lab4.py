@@ -154,7 +154,7 @@ class ScriptTest(unittest.TestCase):
             self.skipTest(
                 "scripts cannot be run in this folder, or have Windows' lines"
             )
-        self.assertEqual(run(script, "--help"), run(*LAB4, "--help"))
+        self.assertIn(b"usage: lab4.py", run(script, "--help")[0])
 
     def test_wrong_arguments_are_a_usage_error(self):
         ports = ("http", "", "-1", "0", "65536", "8000.0")
