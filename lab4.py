@@ -9,7 +9,7 @@ import sys
 
 FRAME_SIZE = 9  # from the server: a tag of 1 byte and a payload of 8
 QUESTION, SECRET = b"Q", b"S"  # the tags
-OPERANDS = struct.Struct("!II")  # in a question; "!": big-endian, "I": unsigned 32 bits
+OPERANDS = struct.Struct("!II")  # a question's; "!" is big-endian, "I" unsigned 32 bits
 ANSWER = struct.Struct("!I")  # to the server: the sum
 
 
@@ -44,27 +44,27 @@ def answer_questions(sock: socket.socket) -> bytes:
 
 
 def main() -> None:
-    """Print the secret phrase of the server named in argv, or exit with one line."""
+    """Print the secret phrase of the server named in argv, or exit and say why not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
     args = parser.parse_args()
-    if not 1 <= args.port <= 65535:  # else 70000 would reach port 4464: 70000 - 65536
+    if not 1 <= args.port <= 65535:  # else 70000 may reach port 4464, 70000 - 65536
         parser.error(f"argument port: {args.port} is not from 1 to 65535")
     failure = f"lab4.py: cannot print the phrase from {args.host!r} port {args.port}"
     try:
         with socket.create_connection((args.host, args.port)) as sock:  # IPv4 or IPv6
             phrase = answer_questions(sock)
-        with open(1, "wb", closefd=False) as stdout:  # descriptor 1; print is for text
+        with open(1, "wb", closefd=False) as stdout:  # raw bytes; print is for text
             stdout.write(phrase + b"\n")
     except OSError as error:
         sys.exit(f"{failure}: {error.strerror or error}")  # without "[Errno 111]"
-    except UnicodeError:  # from the lookup; it is a ValueError, so it must stand above
+    except UnicodeError:  # a host like "a..b"; it is a ValueError, so it stands above
         sys.exit(f"{failure}: not a valid host name")
     except (EOFError, ValueError) as error:
         sys.exit(f"{failure}: {error}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the end, with no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()
