@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,12 +53,15 @@ class TracedSocket(socket.socket):
 
 @contextlib.contextmanager
 def started(*line: Any, **options: Any) -> Iterator[Any]:
-    """Start a command line; kill what still runs at the end of the block."""
+    """Start a command line; kill what still runs after the block, or TIMEOUT seconds."""
     pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
     with subprocess.Popen([*map(str, line)], **{**pipes, **options}) as process:
+        watchdog = threading.Timer(TIMEOUT, process.kill)
+        watchdog.start()
         try:
             yield process
         finally:
+            watchdog.cancel()
             process.kill()
 
 

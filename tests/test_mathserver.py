@@ -132,11 +132,13 @@ class ConversationTest(unittest.TestCase):
         for word in words:
             self.assertIn(word, line)
 
+    @mock.patch.object(mathserver, "HINT", support.TIMEOUT)
     def test_right_answers_get_the_secret(self):
         for pick, questions, pieces in ((min, 5, 2), (max, 12, 4)):
             picking = mock.patch("random.randint", lambda *ends, pick=pick: pick(ends))
             with picking, self.talking() as (sock, served):
                 frames = converse(sock)
+                self.assertEqual(self.lines.qsize(), 1, "lines before the secret")
                 self.assert_line(f"secret: {PHRASE!r} for {questions} right answers")
                 self.assertEqual(sock.recv(1), b"")
             self.assertEqual(frames[questions:], [b"S" + PHRASE])
@@ -175,8 +177,8 @@ class ConversationTest(unittest.TestCase):
             self.assertEqual(sock.recv(9), b"")
         self.assert_line("question 1: ", r"'\n' after it")
 
-    @mock.patch.object(mathserver, "PAUSE", support.TIMEOUT)
     def test_who_speaks_too_early_is_told_so(self):
+        mathserver.PAUSE = support.TIMEOUT  # in which the client speaks
         for data, words in (
             (b"1234", ("too early: b'1234' came when 0 of 9 ", "receive until all")),
             (b"hello\n", (r"unasked: b'hello\n' came when 0 of 9 ", "speaks first")),
@@ -314,6 +316,13 @@ class ServerTest(unittest.TestCase):
         serving = self.starting(*COMMAND, WAIT, change="server.GRACE = 0")
         with serving as (process, port), socket.create_connection(("127.0.0.1", port)):
             self.assertEqual(finish(process, b"\n"), (b"", "", 0))
+
+    def test_a_client_may_outlast_the_command(self):
+        serving = self.starting(*COMMAND, "pass", change="server.GRACE = 20")
+        with serving as (_, port), socket.create_connection(
+            ("127.0.0.1", port)
+        ) as sock:
+            self.assertEqual(converse(sock)[-1][:1], b"S")
 
     def test_stalled_clients_keep_nobody_waiting(self):
         with self.starting() as (_, port), contextlib.ExitStack() as stack:
