@@ -53,7 +53,7 @@ class TracedSocket(socket.socket):
 
 @contextlib.contextmanager
 def started(*line: Any, **options: Any) -> Iterator[Any]:
-    """Start a command line; kill what still runs after the block, or TIMEOUT seconds."""
+    """Start a command line; kill what still runs after the block, or after TIMEOUT."""
     pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
     with subprocess.Popen([*map(str, line)], **{**pipes, **options}) as process:
         watchdog = threading.Timer(TIMEOUT, process.kill)

@@ -219,6 +219,19 @@ class ConversationTest(unittest.TestCase):
                     pass
             self.assert_line("question 1: left before reading all")
 
+    @unittest.skipUnless(sys.platform == "linux", "a reset tells of it on Linux alone")
+    def test_a_client_that_leaves_before_the_last_piece_has_not_read_all(self):
+        def sendall(data):
+            if sum(size for size, _ in served.pieces) + len(data) == 9:
+                sock.recv(9)
+                sock.close()
+            send(data)
+
+        mathserver.PAUSE = 0.1  # before it sends
+        with self.talking() as (sock, served):
+            send, served.sendall = served.sendall, sendall
+            self.assert_line("question 1: left before reading all")
+
     def test_what_comes_after_the_secret_is_no_answer(self):
         with self.talking() as (sock, _):
             converse(sock)
