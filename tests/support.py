@@ -56,7 +56,8 @@ def started(*line: Any, **options: Any) -> Iterator[Any]:
     """Start a command line; kill what still runs after the block, or after TIMEOUT."""
     pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
     with subprocess.Popen([*map(str, line)], **{**pipes, **options}) as process:
-        watchdog = threading.Timer(TIMEOUT, process.kill)
+        stop = [process.kill, process.stdin.close]  # the latter for its own children
+        watchdog = threading.Timer(TIMEOUT, lambda: [end() for end in stop])
         watchdog.start()
         try:
             yield process
