@@ -101,7 +101,7 @@ def explain_leaving(sent: bytes, answer: bytes, sums: List[int], unread: bool) -
     words = f"{read} all 9 bytes and left with {len(answer)} of 4 sent: it failed at"
     if sums and max(sums) < 2**31 <= first + second:
         return f"{words} the first sum too big for a signed integer, {first} + {second}"
-    return f"{words} {first} + {second}, or took it for the secret"
+    return f"{words} {first} + {second}, waited for more or took it for the secret"
 
 
 class Conversation(threading.Thread):
@@ -143,9 +143,9 @@ class Conversation(threading.Thread):
             piece = self.receive(None if self.hinted else HINT)
             if not piece:
                 self.hinted = True
-                count = f"{len(self.answer)} of the answer's 4 have come"
+                count = f"{len(self.answer)} of its 4 have come"
                 words = (
-                    f"all 9 bytes are sent, nothing more comes before it, and {count}"
+                    f"all 9 bytes are sent, no more comes before the answer; {count}"
                 )
                 LOG.info("%s: silent for %s s: %s", self.stage, HINT, words)
             self.answer += piece

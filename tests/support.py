@@ -55,9 +55,10 @@ class TracedSocket(socket.socket):
 def started(*line: Any, **options: Any) -> Iterator[Any]:
     """Start a command line; kill what still runs after the block, or after TIMEOUT."""
     pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
+    process: Any
     with subprocess.Popen([*map(str, line)], **{**pipes, **options}) as process:
-        stop = [process.kill, process.stdin.close]  # the latter for its own children
-        watchdog = threading.Timer(TIMEOUT, lambda: [end() for end in stop])
+        ends = [process.kill, process.stdin.close]  # the latter for its own children
+        watchdog = threading.Timer(TIMEOUT, lambda: [end() for end in ends])
         watchdog.start()
         try:
             yield process
