@@ -49,7 +49,6 @@ CAUSES = (  # a question, a wrong answer and what is said to be the cause
     (CARRY, b"\x81\x03\x46\x83", "read as little-endian, sent little-endian in 4"),
 )
 LEAVINGS: Any = (  # what was sent, came and was right; bytes left unread; what is said
-    (b"", b"", [], False, "left before reading all 9 bytes; receive until"),
     (b"", b"", SUMS, False, "left after right answer 2; go on until"),
     (CARRY[:8], b"", SUMS, False, "left before reading all 9 bytes; receive until"),
     (b"S12345678", b"", SUMS, True, "left before reading all 9 bytes; receive until"),
