@@ -39,7 +39,8 @@ def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
     yield first, "only the first operand"
     yield second, "only the second operand"
     yield sum(struct.unpack("<xII", question)), "the operands read as little-endian"
-    yield sum(question[1:]), "single bytes added"
+    for some in (question[1:], question[1:3], question[1::4], question[4::4]):
+        yield sum(some), "single bytes added"
     yield sum(struct.unpack("!xHHHH", question)), "pairs of bytes added"
     for n in range(2, 6):
         short = f"only its bytes [0:{n}] used; receive until all 9 are there"
@@ -47,7 +48,8 @@ def additions(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
     parts = [(i, j) for i, j in itertools.combinations(range(10), 2) if j - i < 5]
     for (i, j), (k, n) in itertools.combinations_with_replacement(parts, 2):
         where = f"bytes [{i}:{j}] and [{k}:{n}] sliced or received, not [1:5] and [5:9]"
-        yield integer(question[i:j]) + integer(question[k:n]), where
+        if j - i + n - k > 2:  # many pairs of single bytes have the same sum
+            yield integer(question[i:j]) + integer(question[k:n]), where
     for number, earlier in enumerate(sums, 1):
         yield earlier, f"the sum of question {number}"
     yield sum(sums) + first + second, "all sums so far added up"
@@ -240,9 +242,8 @@ def main() -> None:
         LOG.error("cannot run %r: %s", args.command[0], error.strerror)
         os._exit(127)
     serve(server, secrets.token_urlsafe(6).encode(), process)
-    status = process.returncode
-    status = 128 - status if status < 0 else status  # of a signal, as shells tell it
-    os._exit(status - 2**32 if status >= 2**31 else status)  # Windows' is unsigned
+    code = process.returncode  # below 0 for a signal, and on Windows unsigned
+    os._exit(128 - code if code < 0 else (code + 2**31) % 2**32 - 2**31)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ CAUSES = (  # a question, a wrong answer and what is said to be the cause
     (QUESTION, b"\x55\x11\x22\x33", "bytes [0:4] and [4:8] sliced or received, not"),
     (QUESTION, b"\0\x11\x22\x33", "bytes [1:4] and [5:8] sliced or received, not"),
     (QUESTION, b"\0\0\0\xaa", "single bytes added"),
+    (QUESTION, b"\0\0\0\x11", "single bytes added"),
     (QUESTION, b"\0\0\x44\x66", "pairs of bytes added"),
     (QUESTION, b"\x10\x20\x30\x40", "only the second operand"),
     (QUESTION, b"\x01\x02\x03\x04", "until all 9 are there; or only the first operand"),
@@ -67,8 +68,8 @@ class ExplanationTest(unittest.TestCase):
 
     def test_no_cause_is_better_than_a_wrong_one(self):
         equation = r"""16909060 + 270544960 is 287454020 (b'\x11"3D'), not """
-        value, length = r"""287454021 (b'\x11"3E')""", f"33 bytes ({bytes(32)!r})"
-        for answer, came in ((b"\x11\x22\x33\x45", value), (bytes(33), length)):
+        value, length = "42 (b'\\x00\\x00\\x00*')", f"33 bytes ({bytes(32)!r})"
+        for answer, came in ((b"\0\0\0*", value), (bytes(33), length)):
             line = mathserver.explain_answer(QUESTION, answer, SUMS)
             self.assertEqual(line, equation + came)
 
