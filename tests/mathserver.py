@@ -61,7 +61,7 @@ def forms(total: int, question: bytes, answer: bytes) -> Iterator[Tuple[bytes, s
     yield right + answer[4:], f"sent with {answer[4:][:32]!r} after it"
     yield answer[:-4] + right, f"sent with {answer[:-4][:32]!r} before it"
     yield question + right, "sent with the question before it"
-    yield right + right, "sent twice"
+    yield right * (n // 4), f"sent {n // 4} times"
     for order in ("big", "little"):
         yield (total % 256**n).to_bytes(n, order), f"sent {order}-endian in {n} bytes"
     end = answer[len(answer.rstrip(b"\r\n\0 ")) :]  # a newline, say

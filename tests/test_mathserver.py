@@ -43,7 +43,7 @@ CAUSES = (  # a question, a wrong answer and what is said to be the cause
     (QUESTION, QUESTION + RIGHT, "sent with the question before it"),
     (QUESTION, QUESTION[1:], "the operands sent one after the other"),
     (QUESTION, RIGHT + b"\n", r"sent with b'\n' after it"),
-    (QUESTION, RIGHT + RIGHT, "sent twice"),
+    (QUESTION, RIGHT * 6, "sent 6 times"),
     (QUESTION, RIGHT[::-1], "in 4 bytes; or the operands read as little-endian"),
     (CARRY, b"\x83\x46\x03\x82", "sent little-endian in 4 bytes"),
     (CARRY, b"\x83\x46\x03\x81", "the operands read as little-endian"),
