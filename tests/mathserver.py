@@ -91,7 +91,7 @@ def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
 
 
 def explain_leaving(sent: bytes, answer: bytes, sums: List[int], unread: bool) -> str:
-    """Return what is wrong with leaving then, "" if nothing; `unread`: not all read."""
+    """Return what is wrong with leaving after these bytes, or ""; a reset: `unread`."""
     if sums and not sent:
         return f"left after right answer {len(sums)}; go on until a frame begins with S"
     if len(sent) < 9 or unread:
@@ -146,10 +146,8 @@ class Conversation(threading.Thread):
             if not piece:
                 self.hinted = True
                 count = f"{len(self.answer)} of its 4 have come"
-                words = (
-                    f"all 9 bytes are sent, no more comes before the answer; {count}"
-                )
-                LOG.info("%s: silent for %s s: %s", self.stage, HINT, words)
+                hint = f"all 9 bytes are sent, no more comes before the answer; {count}"
+                LOG.info("%s: silent for %s s: %s", self.stage, HINT, hint)
             self.answer += piece
         with contextlib.suppress(EOFError, OSError):
             self.answer += self.receive(PAUSE)  # more than the answer, if it comes

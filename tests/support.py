@@ -35,9 +35,7 @@ class TracedSocket(socket.socket):
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         if self.ends > 1:
-            raise AssertionError(
-                "recv is called again and again after the stream's end"
-            )
+            raise AssertionError("recv is called again and again after the end")
         self.calls.append("recv")
         ahead = [stop - self.position for stop in self.stops if stop > self.position]
         data = super().recv(min([size, *ahead]), flags)

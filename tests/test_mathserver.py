@@ -245,18 +245,18 @@ CROWD = f"{CONNECT}; a = [socket.create_connection(s.getpeername()) for _ in ran
 class ServerTest(unittest.TestCase):
     @contextlib.contextmanager
     def starting(self, *command, change=""):
-        """Start mathserver.py, changed; yield the process and its port."""
+        """Start mathserver.py, changed; yield the process and its address."""
         code = f"from tests import mathserver as server; {change}; server.main()"
         line = (*COMMAND, code) if change else SERVER
         with started(*line, "--port", 0, *command, cwd=support.ROOT) as process:
             listening = process.stderr.readline().decode()
             self.assertIn(": listening on 127.0.0.1 port ", listening)
-            yield process, int(listening.split()[-1])
+            yield process, ("127.0.0.1", int(listening.split()[-1]))
 
     def assert_ending(self, command, status, words, change=""):
         """Run it with a command that may read the port; check how that ends."""
-        with self.starting(*command, change=change) as (process, port):
-            stdout, stderr, ended = finish(process, b"%d\n" % port)
+        with self.starting(*command, change=change) as (process, address):
+            stdout, stderr, ended = finish(process, b"%d\n" % address[1])
         self.assertEqual(ended, status, stderr)
         output = stdout.decode().replace(os.linesep, "\n") + stderr
         self.assertRegex(output, rf"\A{words}\Z")
@@ -296,10 +296,10 @@ class ServerTest(unittest.TestCase):
     def test_it_says_when_files_run_out(self):
         change = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (12, 12))"
         command = (*COMMAND, f"{WAIT}; sys.exit(7)")
-        with self.starting(*command, change=change) as (process, port):
+        with self.starting(*command, change=change) as (process, address):
             with contextlib.ExitStack() as stack:
                 for _ in range(20):
-                    stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    stack.enter_context(socket.create_connection(address))
                 self.assertIn(b"Too many open files", process.stderr.readline())
             _, stderr, status = finish(process, b"\n")
         self.assertEqual((stderr.count(": left "), status), (20, 7), stderr)
@@ -315,40 +315,37 @@ class ServerTest(unittest.TestCase):
 
     def test_it_says_when_nobody_connects(self):
         change = "server.LONELY = 0"
-        with self.starting(*COMMAND, WAIT, change=change) as (process, port):
-            self.assertIn(b"port %d over TCP" % port, process.stderr.readline())
+        with self.starting(*COMMAND, WAIT, change=change) as (process, address):
+            self.assertIn(b"port %d over TCP" % address[1], process.stderr.readline())
             self.assertEqual(finish(process, b"\n"), (b"", "", 0))
 
     def test_a_client_that_outlives_the_command_is_not_awaited(self):
         serving = self.starting(*COMMAND, WAIT, change="server.GRACE = 0")
-        with serving as (process, port), socket.create_connection(("127.0.0.1", port)):
+        with serving as (process, address), socket.create_connection(address):
             self.assertEqual(finish(process, b"\n"), (b"", "", 0))
 
     def test_a_client_may_outlast_the_command(self):
         serving = self.starting(*COMMAND, "pass", change="server.GRACE = 20")
-        with serving as (_, port), socket.create_connection(
-            ("127.0.0.1", port)
-        ) as sock:
+        with serving as (_, address), socket.create_connection(address) as sock:
             self.assertEqual(converse(sock)[-1][:1], b"S")
 
     def test_stalled_clients_keep_nobody_waiting(self):
-        with self.starting() as (_, port), contextlib.ExitStack() as stack:
+        with self.starting() as (_, address), contextlib.ExitStack() as stack:
             for _ in range(100):
-                sock = socket.create_connection(("127.0.0.1", port))
-                stack.enter_context(sock)
+                sock = stack.enter_context(socket.create_connection(address))
             self.assertEqual(converse(sock)[-1][:1], b"S")
 
     def test_its_port_is_its_own_and_free_at_once_when_it_ends(self):
-        with self.starting() as (_, port):
-            with socket.create_connection(("127.0.0.1", port)) as sock:
+        with self.starting() as (_, address):
+            with socket.create_connection(address) as sock:
                 sock.sendall(bytes(9))
                 while sock.recv(9):
                     pass
-            stdout, stderr, status = run(*SERVER, "--port", port)
-            self.assertRegex(stderr, rf"\Amathserver.py: .*\b{port}\b.*\n\Z")
+            stdout, stderr, status = run(*SERVER, "--port", address[1])
+            self.assertRegex(stderr, rf"\Amathserver.py: .*\b{address[1]}\b.*\n\Z")
             self.assertEqual((stdout, status), (b"", 1))
-        with started(*SERVER, "--port", port) as process:
-            self.assertIn(b" port %d" % port, process.stderr.readline())
+        with started(*SERVER, "--port", address[1]) as process:
+            self.assertIn(b" port %d" % address[1], process.stderr.readline())
 
     def test_its_options_are_few_and_checked(self):
         statuses = {"-h": 0, "--bind=203.0.113.1": 1, "--bind=a..b": 1, "--port=-1": 2}
