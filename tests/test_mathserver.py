@@ -68,8 +68,8 @@ class ExplanationTest(unittest.TestCase):
 
     def test_no_cause_is_better_than_a_wrong_one(self):
         equation = r"""16909060 + 270544960 is 287454020 (b'\x11"3D'), not """
-        value, length = "42 (b'\\x00\\x00\\x00*')", f"33 bytes ({bytes(32)!r})"
-        for answer, came in ((b"\0\0\0*", value), (bytes(33), length)):
+        value, length = "35 (b'\\x00\\x00\\x00#')", f"33 bytes ({bytes(32)!r})"
+        for answer, came in ((b"\0\0\0#", value), (bytes(33), length)):
             line = mathserver.explain_answer(QUESTION, answer, SUMS)
             self.assertEqual(line, equation + came)
 
