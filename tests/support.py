@@ -1,4 +1,4 @@
-"""What the tests share: a socket that notes its calls, and processes run to the end."""
+"""What the tests share: a socket that records its traffic, and running processes."""
 
 import contextlib
 import os
@@ -12,13 +12,41 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 20  # seconds, for what takes a fraction of one
-PYTHON = (sys.executable, "-S")  # without installed packages
-LAB4 = (*PYTHON, "-W", "error", str(ROOT / "lab4.py"))
-POSIX = unittest.skipUnless(os.name == "posix", "of POSIX systems alone")
-ENVIRONMENT = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"}
+TIMEOUT = 20  # seconds until a test gives up on what takes a fraction of one
+PYTHON = (sys.executable, "-S", "-W", "error")  # -S: without installed packages
+LAB4 = (*PYTHON, ROOT / "lab4.py")
+POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
+# The PYTHON variables of whoever runs the tests must not change their outcome.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+ENVIRONMENT.update({"COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"})
 ENVIRONMENT.update({"PYTHONIOENCODING": "utf-8", "RES_OPTIONS": "attempts:1 timeout:1"})
 socket.setdefaulttimeout(TIMEOUT)  # so that no test hangs
+
+
+class RecordedSocket(socket.socket):
+    """A real socket that records what each recv returns and each sendall sends.
+
+    A recv does not read past a stop, which is a position in the stream. The third
+    recv after the end raises AssertionError, so that a loop without an exit fails.
+    """
+
+    def __init__(self, sock: socket.socket, stops: Iterable[int] = ()) -> None:
+        super().__init__(fileno=sock.detach())
+        self.stops = list(stops)
+        self.received: List[bytes] = []
+        self.sent: List[bytes] = []
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        if self.received[-2:] == [b"", b""]:
+            raise AssertionError("recv is called again and again after the end")
+        position = sum(map(len, self.received))
+        ahead = [stop - position for stop in self.stops if stop > position]
+        self.received.append(super().recv(min([size, *ahead]), flags))
+        return self.received[-1]
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        self.sent.append(bytes(data))
+        super().sendall(data, flags)
 
 
 class TracedSocket(socket.socket):
@@ -52,11 +80,16 @@ class TracedSocket(socket.socket):
 @contextlib.contextmanager
 def started(*line: Any, **options: Any) -> Iterator[Any]:
     """Start a command line; kill what still runs after the block, or after TIMEOUT."""
-    pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "bufsize": 0, "env": ENVIRONMENT}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    options = {**pipes, "bufsize": 0, "env": ENVIRONMENT, "cwd": ROOT, **options}
     process: Any
-    with subprocess.Popen([*map(str, line)], **{**pipes, **options}) as process:
-        ends = [process.kill, process.stdin.close]  # the latter for its own children
-        watchdog = threading.Timer(TIMEOUT, lambda: [end() for end in ends])
+    with subprocess.Popen([*map(str, line)], **options) as process:
+
+        def give_up() -> None:
+            process.kill()
+            process.stdin.close()  # so that its children end, too
+
+        watchdog = threading.Timer(TIMEOUT, give_up)
         watchdog.start()
         try:
             yield process
@@ -72,6 +105,7 @@ def finish(process: Any, stdin: bytes = b"") -> Tuple[bytes, str, int]:
 
 
 def run(*line: Any) -> Tuple[bytes, str, int]:
+    """Run a command line to its end; return its stdout, stderr and exit status."""
     with started(*line) as process:
         return finish(process)
 

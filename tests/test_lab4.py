@@ -1,4 +1,4 @@
-"""Tests of lab4.py: the protocol on real sockets, and the command as a user runs it."""
+"""Tests of lab4.py: the protocol, the command, and as a part of another program."""
 
 import contextlib
 import errno
@@ -17,41 +17,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lab4
 from tests import support
-from tests.support import LAB4, POSIX, PYTHON, ROOT, TracedSocket, each, run
+from tests.support import LAB4, POSIX, PYTHON, ROOT, RecordedSocket, run
 
-PHRASE = b"\x00\xff\r\n\x1b[2J"  # unfit for decoders and terminals
+PHRASE = b"\x00\xff\xc3\xa9\r\n\x1b["  # not UTF-8, and with control characters
 SECRET = b"S" + PHRASE
-# Each integer is the same in both byte orders, which have a test of their own.
+# Each integer is the same in both byte orders: only one test is about the order.
 QUESTION, ANSWER = b"Q\x01\x02\x02\x01\x03\x05\x05\x03", b"\x04\x07\x07\x04"
 
 
 class ProtocolTest(unittest.TestCase):
     def exchange(self, stream, stops=()):
-        """Let a stream arrive and end; return the calls, the answers and the rest."""
+        """Let a stream arrive and end; return what is received, sent and left over."""
         near, far = socket.socketpair()
-        with near, TracedSocket(far, stops) as sock:
+        with near, RecordedSocket(far, stops) as sock:
             near.sendall(stream)
             near.shutdown(socket.SHUT_WR)
             self.assertEqual(lab4.answer_questions(sock), PHRASE)
-            calls, rest = sock.calls[:], sock.recv(4096)
-            sock.shutdown(socket.SHUT_WR)
-            with near.makefile("rb") as answers:
-                return calls, answers.read(), rest
+            return sock.received[:], sock.sent, sock.recv(4096)
 
     def test_a_frame_may_arrive_in_any_pieces(self):
         for chosen in itertools.product((False, True), repeat=8):
             cuts = list(itertools.compress(range(1, 9), chosen))
             stops = cuts + [9 + cut for cut in cuts]
-            calls, *seen = self.exchange(QUESTION + SECRET + b"Q and more", stops)
-            recvs = ["recv"] * (1 + len(cuts))
-            self.assertEqual(seen, [ANSWER, b"Q and more"], f"cut at {cuts}")
-            self.assertEqual(calls, [*recvs, "sendall", *recvs], f"cut at {cuts}")
+            seen = self.exchange(QUESTION + SECRET + b"Q and more", stops)
+            ends = list(zip([0, *cuts], [*cuts, 9]))
+            pieces = [frame[i:j] for frame in (QUESTION, SECRET) for i, j in ends]
+            self.assertEqual(seen, (pieces, [ANSWER], b"Q and more"))
 
     def test_sums_are_big_endian_and_wrap_at_32_bits(self):
         edges = (0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 0x01020304)
         for pair in itertools.product(edges, repeat=2):
-            _, answer, _ = self.exchange(struct.pack(">cII", b"Q", *pair) + SECRET)
-            self.assertEqual(answer, struct.pack(">I", sum(pair) % 2**32), pair)
+            _, sent, _ = self.exchange(struct.pack(">cII", b"Q", *pair) + SECRET)
+            self.assertEqual(sent, [struct.pack(">I", sum(pair) % 2**32)], pair)
 
     def test_every_other_tag_is_refused(self):
         for tag in set(range(256)) - set(b"QS"):
@@ -76,10 +73,7 @@ def reset(_, peer):
 
 
 def meet(stream, act=end, line=LAB4, host="127.0.0.1", **options):
-    """Let a stream arrive in lab4.py, then act(process, peer); return how it ended.
-
-    That is its stdout, stderr and status, and the server's address as it was given.
-    """
+    """Send lab4.py a stream and act; return stdout, stderr, status and the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as server:
         address = (host, server.getsockname()[1])
@@ -93,7 +87,9 @@ def meet(stream, act=end, line=LAB4, host="127.0.0.1", **options):
 def accept(server, process):
     """Return the connection that a process makes; raise AssertionError if it ends."""
     server.settimeout(0.1)
-    while process.poll() is None:
+    ended = None
+    while ended is None:
+        ended = process.poll()  # asked first, since it may connect and end at once
         with contextlib.suppress(socket.timeout):
             return server.accept()[0]
     raise AssertionError(f"lab4.py does not connect: {process.stderr.read()!r}")
@@ -102,26 +98,24 @@ def accept(server, process):
 class ScriptTest(unittest.TestCase):
     def assert_fault(self, reason, outcome):
         """Check for one line on stderr, nothing on stdout, and status 1."""
-        stdout, stderr, status, address = outcome
+        stdout, stderr, status, (host, port) = outcome
         self.assertEqual((stdout, status), (b"", 1), stderr)
-        self.assertRegex(stderr, r"\Alab4\.py: .*\n\Z")
-        self.assertTrue(stderr[:-1].isprintable(), stderr)
         if isinstance(reason, int):  # Windows has other words and numbers
             reason = os.strerror(reason) if os.name == "posix" else ""
-        for words in (repr(address[0])[1:-1], f" port {address[1]}: ", f"{reason}\n"):
-            self.assertIn(words, stderr)
+        where, why = re.escape(f"{host!r} port {port}: "), re.escape(reason)
+        self.assertRegex(stderr, rf"\Alab4\.py: .* {where}.*{why}\n\Z")
+        self.assertTrue(stderr[:-1].isprintable(), stderr)
         self.assertNotRegex(stderr, "Errno|None")
 
     def assert_phrase(self, *arguments, **options):
-        outcome = meet(*arguments, **options)[:3]
-        self.assertEqual(outcome, (PHRASE + b"\n", "", 0))
+        self.assertEqual(meet(*arguments, **options)[:3], (PHRASE + b"\n", "", 0))
 
     def test_it_prints_the_phrase_byte_for_byte_in_any_locale(self):
         ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
         self.assert_phrase(QUESTION + SECRET)
-        self.assert_phrase(QUESTION + SECRET, env={**os.environ, **ascii_only})
+        self.assert_phrase(QUESTION + SECRET, env={**support.ENVIRONMENT, **ascii_only})
 
-    def test_the_host_may_be_a_name_and_need_not_close_the_connection(self):
+    def test_the_host_may_be_a_name_and_the_connection_may_stay_open(self):
         self.assert_phrase(SECRET, lambda *_: None, host="localhost")
 
     def test_the_host_may_be_an_ipv6_address(self):
@@ -131,16 +125,10 @@ class ScriptTest(unittest.TestCase):
             self.skipTest(f"this machine has no ::1: {error}")
         self.assert_phrase(SECRET, host="::1")
 
-    def test_who_calls_main_may_go_on_writing_and_keeps_its_ctrl_c(self):
-        code = "import lab4, signal; handler = signal.getsignal(signal.SIGINT); "
-        code += "lab4.main(); print(signal.getsignal(signal.SIGINT) is handler)"
-        stdout, *_ = meet(SECRET, line=(*PYTHON, "-c", code), cwd=ROOT)
-        self.assertEqual(stdout, PHRASE + f"\nTrue{os.linesep}".encode())
-
     def test_it_has_help(self):
         stdout, stderr, status = run(*LAB4, "--help")
         self.assertEqual((stderr, status), ("", 0))
-        for words in (b"usage: lab4.py [-h] host port", b"address", b"65535"):
+        for words in (b"lab4.py [-h] host port", b"phrase", b"address", b"65535"):
             self.assertIn(words, stdout)
 
     @POSIX
@@ -154,36 +142,41 @@ class ScriptTest(unittest.TestCase):
         ports = ("http", "", "-1", "0", "65536", "8000.0")
         named: Any = {("h", port): "port" for port in ports}
         named.update({(): "host", ("h",): "port", ("h", "1", "more"): "more"})
-        outcomes = each(lambda *words: run(*LAB4, *words), named)
-        for words, (stdout, stderr, status) in outcomes.items():
+        for words, name in named.items():
+            stdout, stderr, status = run(*LAB4, *words)
             self.assertEqual((stdout, status), (b"", 2), words)
-            fault = r"\Ausage: lab4\.py .*\nlab4\.py: error: .*\b"
-            self.assertRegex(stderr, rf"{fault}{named[words]}\b", words)
+            fault = rf"\Ausage: lab4\.py .*\nlab4\.py: error: .*\b{name}\b"
+            self.assertRegex(stderr, fault, words)
 
-    def test_nobody_may_be_there(self):
-        invalid = "not a valid host name"
-        reasons: Any = {("a..b", 8000): invalid, ("a" * 64, 8000): invalid}
-        for host in ("", "nobody.invalid", "a\x1bb"):
-            reasons[(host, 8000)] = ""  # the resolver's words, which differ
-        for port in (1, 65535):
-            reasons[("224.0.0.1", port)] = ""  # an address of many, not of one
+    def test_a_host_that_cannot_be_reached_is_a_fault(self):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # and does not listen
-            reasons[taken.getsockname()] = errno.ECONNREFUSED
-            outcomes = each(lambda *address: run(*LAB4, *address), reasons)
-        for address, outcome in outcomes.items():
-            self.assert_fault(reasons[address], (*outcome, address))
+            for *address, reason in (
+                (*taken.getsockname(), errno.ECONNREFUSED),
+                ("a..b", 1, "not a valid host name"),
+                ("a" * 64, 1, "not a valid host name"),
+                ("nobody.invalid", 1, ""),  # the system's words, which differ
+                ("a\x1bb", 1, ""),
+                ("224.0.0.1", 1, ""),  # a multicast address; the first and last port
+                ("224.0.0.1", 65535, ""),
+            ):
+                self.assert_fault(reason, (*run(*LAB4, *address), address))
 
-    def test_the_server_may_end_it_in_any_way(self):
+    def test_a_wrong_tag_an_early_end_and_a_reset_are_faults(self):
         tag = b"q\x1b[2J\xff\n\a."
         self.assert_fault(repr(tag), meet(tag))
         self.assert_fault(" 5 of a frame's 9 bytes", meet(QUESTION[:5]))
         self.assert_fault(errno.ECONNRESET, meet(SECRET[:5], reset))
 
-    def test_an_error_may_have_no_number(self):
+    def test_a_timeout_is_a_fault_though_it_has_no_errno(self):
         code = "import lab4, socket; socket.setdefaulttimeout(0.01); lab4.main()"
-        outcome = meet(b"", lambda *_: None, (*PYTHON, "-c", code), cwd=ROOT)
+        outcome = meet(b"", lambda *_: None, (*PYTHON, "-c", code))
         self.assert_fault("timed out", outcome)
+
+    def test_no_other_fault_is_called_a_bad_host_name(self):
+        change = r"lab4.answer_questions = lambda sock: b'\xff'.decode()"
+        line = (*PYTHON, "-c", f"import lab4; {change}; lab4.main()")
+        self.assert_fault("invalid start byte", meet(b"", line=line))
 
     @POSIX
     def test_ctrl_c_ends_a_wait_without_a_word(self):
@@ -205,9 +198,37 @@ class ScriptTest(unittest.TestCase):
 
     @POSIX
     def test_stdout_may_be_closed(self):
-        # The socket gets the number of stdout then, and must not get the phrase.
+        # Then the socket gets the number of stdout, but must not get the phrase.
         closed = ("sh", "-c", 'exec "$@" >&-', "sh", *LAB4)
         self.assert_fault(errno.EBADF, meet(SECRET, line=closed))
+
+
+HOST = """
+import contextlib, io, lab4, runpy, signal, sys, threading
+run = lambda: runpy.run_path("lab4.py", run_name="__main__")
+handler = signal.getsignal(signal.SIGINT)
+stdout = io.StringIO()
+{}
+print(ascii(stdout.getvalue()), signal.getsignal(signal.SIGINT) is handler)
+"""
+
+
+class HostTest(unittest.TestCase):
+    """lab4.py inside another program, which is HOST with a statement filled in."""
+
+    def assert_output(self, expected, statement):
+        outcome = meet(SECRET, line=(*PYTHON, "-c", HOST.format(statement)))[:3]
+        self.assertEqual(outcome, (expected + os.linesep.encode(), "", 0), statement)
+
+    def test_a_stdout_that_the_host_has_replaced_gets_the_phrase_as_text(self):
+        in_thread = "t = threading.Thread(target=run); t.start(); t.join()"
+        for call in ("run()", "lab4.main()", in_thread):
+            statement = f"with contextlib.redirect_stdout(stdout): {call}"
+            self.assert_output(rb"'\x00\\xff\\xc3\\xa9\r\n\x1b[\n' True", statement)
+
+    def test_a_host_may_go_on_writing_and_keeps_its_ctrl_c(self):
+        for call in ("lab4.main()", "sys.ps1 = '>>> '; run()"):
+            self.assert_output(PHRASE + b"\n'' True", call)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ class ConversationTest(unittest.TestCase):
 
 
 SERVER = (*PYTHON, "-W", "error", mathserver.__file__)
-COMMAND = (*PYTHON, "-c")  # the command to serve, in Python
+COMMAND = (*PYTHON[:2], "-c")  # the command to serve, in Python
 WAIT = "import sys; sys.stdin.readline()"
 LAB = "import subprocess, sys; sys.exit(subprocess.call([*sys.argv[1:], input()]))"
 CONNECT = "import socket; s = socket.create_connection(('127.0.0.1', int(input())))"
