@@ -7,9 +7,8 @@ import subprocess
 import sys
 import threading
 import unittest
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Iterable, Iterator, List, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 20  # seconds until a test gives up on what takes a fraction of one
@@ -49,34 +48,6 @@ class RecordedSocket(socket.socket):
         super().sendall(data, flags)
 
 
-class TracedSocket(socket.socket):
-    """A real socket that notes the calls on it; its recv takes nothing past a stop.
-
-    Called again and again after the end of the stream, recv raises AssertionError.
-    """
-
-    def __init__(self, sock: socket.socket, stops: Iterable[int] = ()) -> None:
-        super().__init__(fileno=sock.detach())
-        self.position, self.stops, self.ends = 0, list(stops), 0  # of what arrives
-        self.calls: List[str] = []
-        self.pieces: List[Tuple[int, Any]] = []  # their sizes and time limits, as sent
-
-    def recv(self, size: int, flags: int = 0, /) -> bytes:
-        if self.ends > 1:
-            raise AssertionError("recv is called again and again after the end")
-        self.calls.append("recv")
-        ahead = [stop - self.position for stop in self.stops if stop > self.position]
-        data = super().recv(min([size, *ahead]), flags)
-        self.position += len(data)
-        self.ends += not data
-        return data
-
-    def sendall(self, data: Any, flags: int = 0, /) -> None:
-        self.calls.append("sendall")
-        self.pieces.append((len(data), self.gettimeout()))
-        super().sendall(data, flags)
-
-
 @contextlib.contextmanager
 def started(*line: Any, **options: Any) -> Iterator[Any]:
     """Start a command line; kill what still runs after the block, or after TIMEOUT."""
@@ -108,10 +79,3 @@ def run(*line: Any) -> Tuple[bytes, str, int]:
     """Run a command line to its end; return its stdout, stderr and exit status."""
     with started(*line) as process:
         return finish(process)
-
-
-def each(function: Callable[..., Any], cases: Iterable[Any]) -> Dict[Any, Any]:
-    """Return by case what `function` makes of it, of some cases at a time."""
-    cases = list(cases)
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(cases, pool.map(lambda case: function(*case), cases)))
