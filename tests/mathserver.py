@@ -202,7 +202,8 @@ def additions(pieces: List[bytes], sums: List[int]) -> Iterator[Tuple[int, str]]
     yield second, "only the second operand"
     yield sum(struct.unpack("<xII", question)), "the operands read as little-endian"
     yield sum(struct.unpack("!BII", question)), "the tag added to the operands"
-    for some in (question, question[1:], question[1:3], question[1::4]):
+    yield sum(struct.unpack("!xHH4x", question)), "the operands read as 16-bit integers"
+    for some in (question, question[1:], question[1::4]):
         yield sum(some), "single bytes added"
     for bits in (16, 24, 31):
         yield (first + second) % 2**bits, f"wrapped modulo 2**{bits}"
@@ -215,7 +216,7 @@ def additions(pieces: List[bytes], sums: List[int]) -> Iterator[Tuple[int, str]]
         yield integer(kept[:4]) + integer(kept[4:8]), short
     parts = [(i, j) for i, j in itertools.combinations(range(10), 2) if j - i < 5]
     for (i, j), (k, n) in itertools.combinations_with_replacement(parts, 2):
-        if j - i + n - k > 3:  # shorter ones give many small sums, by chance too
+        if j - i + n - k > 4:  # shorter ones give many small sums, by chance too
             added = f"added bytes [{i}:{j}] and [{k}:{n}] instead of [1:5] and [5:9]"
             why = "the slices are wrong, or a recv came short"
             yield integer(question[i:j]) + integer(question[k:n]), f"{added}: {why}"

@@ -19,7 +19,7 @@ POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
 ENVIRONMENT.update({"COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"})
 ENVIRONMENT.update({"PYTHONIOENCODING": "utf-8", "RES_OPTIONS": "attempts:1 timeout:1"})
-socket.setdefaulttimeout(TIMEOUT)  # so that no test hangs
+socket.setdefaulttimeout(TIMEOUT - 5)  # before the process at the other end is killed
 
 
 class RecordedSocket(socket.socket):
