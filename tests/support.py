@@ -15,8 +15,10 @@ TIMEOUT = 20  # seconds until a test gives up on what takes a fraction of one
 PYTHON = (sys.executable, "-S", "-W", "error")  # -S: without installed packages
 LAB4 = (*PYTHON, ROOT / "lab4.py")
 POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
-# The PYTHON variables of whoever runs the tests must not change their outcome.
+# The PYTHON variables of whoever runs the tests must not change their outcome, but some
+# interpreters do not start without PYTHONHOME.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+ENVIRONMENT.update({k: v for k, v in os.environ.items() if k == "PYTHONHOME"})
 ENVIRONMENT.update({"COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"})
 ENVIRONMENT.update({"PYTHONIOENCODING": "utf-8", "RES_OPTIONS": "attempts:1 timeout:1"})
 socket.setdefaulttimeout(TIMEOUT - 5)  # before the process at the other end is killed
