@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 20  # seconds until a test gives up on what takes a fraction of one
 PYTHON = (sys.executable, "-S", "-W", "error")  # -S: without installed packages
 LAB4 = (*PYTHON, ROOT / "lab4.py")
+LINGER = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
+RESET = (socket.SOL_SOCKET, socket.SO_LINGER, LINGER)  # a close resets the connection
+try:
+    socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    IPV6 = unittest.skipIf(False, "")
+except OSError as error:
+    IPV6 = unittest.skip(f"this machine has no ::1: {error}")
 POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
 # The PYTHON variables of whoever runs the tests must not change their outcome, but some
 # interpreters do not start without PYTHONHOME.

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lab4
 from tests import support
-from tests.support import LAB4, POSIX, PYTHON, ROOT, RecordedSocket, run
+from tests.support import IPV6, LAB4, POSIX, PYTHON, ROOT, RecordedSocket, run
 
 PHRASE = b"\n\x00\xff\xc3\xa9\x1b[ "  # not UTF-8, and with white space at both ends
 SECRET = b"S" + PHRASE
@@ -68,8 +68,7 @@ def end(_, peer):
 
 
 def reset(_, peer):
-    linger = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    peer.setsockopt(*support.RESET)
     peer.close()
 
 
@@ -119,11 +118,8 @@ class ScriptTest(unittest.TestCase):
     def test_the_host_may_be_a_name_and_the_connection_may_stay_open(self):
         self.assert_phrase(SECRET, lambda *_: None, host="localhost")
 
+    @IPV6
     def test_the_host_may_be_an_ipv6_address(self):
-        try:
-            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        except OSError as error:
-            self.skipTest(f"this machine has no ::1: {error}")
         self.assert_phrase(SECRET, host="::1")
 
     def test_it_has_help(self):
@@ -173,6 +169,11 @@ class ScriptTest(unittest.TestCase):
         code = "import lab4, socket; socket.setdefaulttimeout(0.01); lab4.main()"
         outcome = meet(b"", lambda *_: None, (*PYTHON, "-c", code))
         self.assert_fault("timed out", outcome)
+
+    def test_it_has_no_time_limit(self):
+        change = "lab4.answer_questions = lambda sock: b'%a' % sock.gettimeout()"
+        line = (*PYTHON, "-c", f"import lab4; {change}; lab4.main()")
+        self.assertEqual(meet(b"", line=line)[0], b"None\n")
 
     @POSIX
     def test_ctrl_c_ends_a_wait_without_a_word(self):
