@@ -1,34 +1,36 @@
 """Tests that the dev container's two files agree on the math server's address."""
 
-import re
+import os
+import shlex
 import sys
 import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.support import PYTHON, ROOT, started
+from tests.support import PYTHON, ROOT, run, started
 
-
-def words(name):
-    """Return the words of a file in .devcontainer, without quotes and comments."""
-    text = (ROOT / ".devcontainer" / name).read_text(encoding="utf-8")
-    return re.sub(r"""(?m)(^|\s)(#|//).*|["',:\[\]]""", " ", text).split()
+COMPOSE = (ROOT / ".devcontainer" / "compose.yaml").read_text(encoding="utf-8")
+LAUNCH = (ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8")
+COMMAND = COMPOSE.partition(" python3 ")[2].partition("\n")[0]
+CHECK = COMPOSE.partition(" test: ")[2].partition("\n")[0]
 
 
 class DevContainerTest(unittest.TestCase):
     def test_the_files_agree_on_the_host_and_the_port(self):
-        launch, compose = words("devcontainer.json"), words("compose.yaml")
-        host, port = launch[launch.index("args") + 1 :][:2]
-        self.assertEqual(compose.count(host), 2)  # the service, and who depends on it
-        self.assertEqual(compose[compose.index("--port") + 1], port)
-        self.assertIn(f"{int(port):04X}", compose)  # as /proc/net/tcp has it
+        self.assertIn('"args": ["mathserver", "8000"]', LAUNCH)
+        self.assertEqual(COMPOSE.count(" mathserver:\n"), 2)  # and who depends on it
+        self.assertIn(" --port 8000\n", COMPOSE)
+        self.assertIn(f":{8000:04X} ", CHECK)
 
-    def test_the_math_server_accepts_its_command(self):
-        compose = words("compose.yaml")
-        command = compose[compose.index("tests/mathserver.py") :][:5]
-        with started(*PYTHON, *command, "--port", 0) as process:
-            self.assertIn(b" listening on 0.0.0.0 port ", process.stderr.readline())
+    @unittest.skipUnless(os.path.exists("/proc/net/tcp"), "only Linux has this file")
+    def test_the_health_check_passes_only_while_the_server_runs(self):
+        with started(*PYTHON, *shlex.split(COMMAND), "--port", 0) as process:
+            listening = process.stderr.readline().decode()
+            self.assertIn(" listening on 0.0.0.0 port ", listening)
+            check = CHECK.replace(f"{8000:04X}", f"{int(listening.split()[-1]):04X}")
+            self.assertEqual(run("sh", "-c", check), (b"", "", 0))
+        self.assertEqual(run("sh", "-c", check), (b"", "", 1))
 
 
 if __name__ == "__main__":
