@@ -25,9 +25,9 @@ TRACEBACK = 1  # seconds at most that the log waits for a failed client to print
 GRACE = 3  # seconds at most that clients may go on after the command has ended
 LIMIT = 1024  # bytes of an answer that are looked at
 OPERANDS, ANSWER = struct.Struct(">xII"), struct.Struct(">I")
-SLICES = ((0, 4, 4, 8), (1, 4, 5, 8), (1, 4, 4, 8), (1, 5, 6, 9), (2, 6, 6, 9))
+WRONG_SLICES = ((0, 4, 4, 8), (1, 4, 5, 8), (1, 4, 4, 8), (1, 5, 6, 9), (2, 6, 6, 9))
 TEXT = re.compile(rb"\d+|\0*[\s!-~]{5,}\0*")  # fewer letters may be chance
-CLOSED = "closed the connection (or its sending side)"  # which look the same
+CLOSED = "closed the connection (or its sending side)"  # both look the same
 integer = functools.partial(int.from_bytes, byteorder="big")
 
 
@@ -69,7 +69,7 @@ class Conversation(threading.Thread):
             wrong = explain_stop(self.sent, self.answer, self.sums)
         if wrong:
             self.ended.wait(TRACEBACK)
-            # The cause may be in an earlier connection, so what is said of it is first.
+            # A mistake in an earlier connection may be the cause of this one.
             join_conversations(time.monotonic() + TRACEBACK, self.number)
             logging.info("%s: %s", self.stage, wrong)
 
@@ -167,11 +167,7 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
 
 
 def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED) -> str:
-    """Return what is known of a client that `did` this instead of going on.
-
-    `sent` is what it has been sent of a frame, and `answer` what it has sent back;
-    `sums` are its right answers so far.
-    """
+    """Return what is known of a client that `did` this instead of going on."""
     if len(sent) < 9:
         line = f"the client {did} after {len(sent)} of 9 bytes had been sent to it"
         if sums:
@@ -217,7 +213,7 @@ def likely_sums(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
     yield sum(struct.unpack(">xHH4x", question)), "the operands read as 16-bit integers"
     for some in (question, question[1:], question[1::4]):
         yield sum(some), "single bytes added"
-    for i, j, k, n in SLICES:
+    for i, j, k, n in WRONG_SLICES:
         cause = f"bytes [{i}:{j}] + [{k}:{n}], not [1:5] + [5:9]"
         yield integer(question[i:j]) + integer(question[k:n]), cause
     for n in range(2, 9):

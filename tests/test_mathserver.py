@@ -21,39 +21,37 @@ from tests import mathserver, support
 from tests.support import IPV6, POSIX, PYTHON, finish, run, started
 
 PHRASE = "open it!"
-QUESTION, RIGHT = b"Q\x01\x02\x03\x04\x10\x20\x30\x40", b"\x11\x22\x33\x44"
-CARRY, HIGH = b"Q\x02\xff\x42\xfe\x7f\x04\x03\x85", b"\x82\x03\x46\x83"
+QUESTION, RIGHT = bytes.fromhex("51 38b27aa7 2b10728f"), bytes.fromhex("63c2ed36")
 SUMS = [0x00010203, 0x02030405]  # the right answers to two earlier questions
 LITTLE, READ = "sent little-endian", "the operands read as"
-CAUSES = (  # a question, a wrong answer, and what is said to be the cause
-    (CARRY, HIGH[::-1], f"the right sum, {LITTLE}"),
-    (CARRY, b"\x83\x46\x03\x81", f"{READ} little-endian"),
-    (CARRY, b"\x81\x03\x46\x83", f"{READ} little-endian, {LITTLE}"),
-    (QUESTION, RIGHT[::-1], f"the right sum, {LITTLE}; or {READ} little-endian"),
-    (QUESTION, b"\0\0\x04\x06", f"{READ} 16-bit integers"),
-    (QUESTION, b"\0\0\0\xaa", "single bytes added"),
-    (QUESTION, b"\0\0\0\xfb", "single bytes added"),  # the tag, too
-    (QUESTION, b"\0\0\0\x11", "single bytes added"),  # the first of each operand
-    (QUESTION, b"\x55\x11\x22\x33", "bytes [0:4] + [4:8], not [1:5] + [5:9]"),
-    (QUESTION, b"\0\x11\x22\x33", "bytes [1:4] + [5:8], not [1:5] + [5:9]"),
-    (QUESTION, b"\x04\x11\x22\x33", "bytes [1:4] + [4:8], not [1:5] + [5:9]"),
-    (QUESTION, b"\x01\x22\x33\x44", "bytes [1:5] + [6:9], not [1:5] + [5:9]"),
-    (QUESTION, b"\x02\x23\x34\x50", "bytes [2:6] + [6:9], not [1:5] + [5:9]"),
-    (QUESTION, b"\1\2\3\4", "only the first operand; or only the first 5 bytes"),
-    (QUESTION, b"\x10\x20\x30\x40", "only the second operand"),
-    (QUESTION, b"\0\0\0\x01", "only the first 2 bytes"),
-    (QUESTION, b"\x01\x12\x23\x34", "only the first 8 bytes"),
-    (QUESTION, b"\x02\x03\x04\x05", "the sum of question 2"),
-    (QUESTION, b"\x13\x26\x39\x4c", "all sums so far added up"),
-    (QUESTION, bytes(4) + RIGHT, "the right sum, in 8 bytes instead of 4"),
-    (CARRY, HIGH[::-1] + b"\n", f"the right sum, {LITTLE}, in 5 bytes instead of 4"),
-    (QUESTION, RIGHT * 256, "the right sum, sent again and again"),
-    (QUESTION, b"0x11223345\n", "sent as text"),
-    (QUESTION, b"\0\t287454020", "sent as text"),  # as Java's writeUTF does
-    (QUESTION, b"287454020".ljust(32, b"\0"), "sent as text"),  # as from a C buffer
-    (QUESTION, b"1690", "sent as text"),
+CAUSES = (  # a wrong answer to QUESTION, and what is said to be the cause
+    (RIGHT[::-1], f"the right sum, {LITTLE}"),
+    (b"\x36\xec\xc2\x63", f"{READ} little-endian"),
+    (b"\x63\xc2\xec\x36", f"{READ} little-endian, {LITTLE}"),
+    (b"\x00\x00\xb3\x59", f"{READ} 16-bit integers"),
+    (b"\x00\x00\x03\x47", "single bytes added"),
+    (b"\x00\x00\x03\x98", "single bytes added"),  # the tag, too
+    (b"\x00\x00\x00\x63", "single bytes added"),  # the first of each operand
+    (b"\xf8\x63\xc2\xec", "bytes [0:4] + [4:8], not [1:5] + [5:9]"),
+    (b"\x00\x63\xc2\xec", "bytes [1:4] + [5:8], not [1:5] + [5:9]"),
+    (b"\xa7\x63\xc2\xec", "bytes [1:4] + [4:8], not [1:5] + [5:9]"),
+    (b"\x38\xc2\xed\x36", "bytes [1:5] + [6:9], not [1:5] + [5:9]"),
+    (b"\xb2\x8b\x19\xba", "bytes [2:6] + [6:9], not [1:5] + [5:9]"),
+    (QUESTION[1:5], "only the first operand; or only the first 5 bytes"),
+    (QUESTION[5:9], "only the second operand"),
+    (b"\x00\x00\x00\x38", "only the first 2 bytes"),
+    (b"\x38\xdd\x8b\x19", "only the first 8 bytes"),
+    (b"\x02\x03\x04\x05", "the sum of question 2"),
+    (b"\x65\xc6\xf3\x3e", "all sums so far added up"),
+    (bytes(4) + RIGHT, "the right sum, in 8 bytes instead of 4"),
+    (RIGHT[::-1] + b"\n", f"the right sum, {LITTLE}, in 5 bytes instead of 4"),
+    (RIGHT * 256, "the right sum, sent again and again"),
+    (b"0x63c2ed37\n", "sent as text"),
+    (b"\0\n1673719094", "sent as text"),  # as Java's writeUTF does
+    (b"1673719094".ljust(32, b"\0"), "sent as text"),  # as from a C buffer
+    (b"1690", "sent as text"),
 )
-NO_CAUSES = (  # answers to the first question, and how they are shown
+NO_CAUSES = (  # other answers to QUESTION, and how they are shown
     (b"\0\0\0\x23", "35 (00 00 00 23)"),
     (bytes(4), "0 (00 00 00 00)"),
     (b"abcd", "1633837924 (61 62 63 64)"),
@@ -65,41 +63,36 @@ NO_CAUSES = (  # answers to the first question, and how they are shown
 
 class ExplanationTest(unittest.TestCase):
     def test_a_wrong_answer_has_a_cause(self):
-        for question, answer, cause in CAUSES:
-            line = mathserver.explain_answer(question, answer, SUMS)
+        for answer, cause in CAUSES:
+            line = mathserver.explain_answer(QUESTION, answer, SUMS)
             self.assertEqual(line.partition("): ")[2], cause, answer)
 
     def test_an_answer_that_fits_no_mistake_has_no_cause(self):
-        equation = "16909060 + 270544960 (51 01 02 03 04 10 20 30 40) is 287454020 "
+        equation = "951220903 + 722498191 (51 38 b2 7a a7 2b 10 72 8f) is 1673719094 "
         for answer, shown in NO_CAUSES:
             line = mathserver.explain_answer(QUESTION, answer, SUMS)
-            self.assertEqual(line, f"{equation}(11 22 33 44), not {shown}")
+            self.assertEqual(line, f"{equation}(63 c2 ed 36), not {shown}")
 
     def test_few_small_answers_and_no_others_have_a_cause_by_chance(self):
         draw = random.Random(1)
-        for low, high, most in ((0, 2000, 5), (2**24, 2**32, 0)):
-            causes = 0
-            for number in draw.sample(range(low, high), 2000):
+        for answers, most in ((range(2000), 5), (range(2**24, 2**32), 0)):
+            lines = []
+            for answer in draw.sample(answers, 2000):
                 question = b"Q" + struct.pack(">II", *draw.choices(range(2**31), k=2))
-                answer = struct.pack(">I", number)
-                line = mathserver.explain_answer(question, answer, SUMS)
-                causes += "): " in line
-            self.assertLessEqual(causes, most)
+                data = struct.pack(">I", answer)
+                lines.append(mathserver.explain_answer(question, data, SUMS))
+            self.assertLessEqual(sum("): " in line for line in lines), most)
 
-    def test_the_readme_shows_the_words_of_the_log_and_waits_long_enough(self):
+    def test_the_readme_has_the_words_of_the_log_and_waits_long_enough_for_them(self):
         readme = (support.ROOT / "README.md").read_text(encoding="utf-8")
-        question = bytes.fromhex("51 38 b2 7a a7 2b 10 72 8f")
-        answer = bytes.fromhex("36 ed c2 63")
-        for line in (
-            mathserver.explain_early(7, bytes.fromhex("38 b2 a5 b7"), []),
-            mathserver.explain_answer(question, answer, []),
-        ):
+        early = mathserver.explain_early(7, b"\x38\xb2\xa5\xb7", [])
+        for line in (early, mathserver.explain_answer(QUESTION, RIGHT[::-1], [])):
             self.assertIn(f": question 1: {line}\n", readme)
-        waits = re.findall(r"wait (\d+) seconds", readme)
-        longest = mathserver.LATE + mathserver.SILENCE
-        self.assertLess(longest + 0.5, int(waits[0]))  # 0.5 s to start the programs
+        seconds = int(re.findall(r"wait (\d+) seconds", readme)[0])
+        start = 0.5  # of the server and the client
+        self.assertLess(start + mathserver.LATE + mathserver.SILENCE, seconds)
 
-    def test_sleeping_for_1_s_is_not_enough_and_a_time_limit_of_2_s_is(self):
+    def test_sleeping_for_1_s_is_not_enough_and_waiting_for_2_s_is(self):
         self.assertTrue(1.2 <= mathserver.LATE <= 1.6)
 
 
@@ -198,24 +191,20 @@ class ConversationTest(unittest.TestCase):
                 self.assertEqual(sock.recv(9), b"")
 
     def test_an_answer_must_be_4_bytes_and_big_endian(self):
-        perhaps = f"{CLOSED}: perhaps it crashed"
-        for change, line in (
+        unfinished = f"{CLOSED}: perhaps it crashed"
+        for change, words in (
             (lambda answer: answer[::-1], f"the right sum, {LITTLE}"),
-            (lambda answer: answer + b"\n\r", "the right sum, in 6 bytes instead of"),
-            (lambda answer: answer[:3], f", sent 3 of 4 bytes back and {perhaps}"),
-            (lambda answer: answer[:0], f", sent 0 of 4 bytes back and {perhaps}"),
+            (lambda answer: answer + b"\n\r", "the right sum, in 6 bytes instead of 4"),
+            (lambda answer: answer * 10**6, "the right sum, sent again and again"),
+            (lambda answer: answer[:3], f", sent 3 of 4 bytes back and {unfinished}"),
+            (lambda answer: answer[:0], f", sent 0 of 4 bytes back and {unfinished}"),
         ):
-            with self.talking(f"question 1: .*{line}", stops=[4, 5]) as (sock, _):
+            talking = self.talking(f"question 1: .*{words}", stops=[4, 5])
+            with talking as (sock, served), contextlib.suppress(ConnectionError):
                 sock.sendall(change(right(receive(sock))))
                 sock.shutdown(socket.SHUT_WR)
-                self.assertEqual(sock.recv(9), b"")
-
-    def test_an_endless_answer_is_cut_off(self):
-        with self.talking("question 1: .* not 1024 or more bytes") as (sock, served):
-            receive(sock)
-            with contextlib.suppress(ConnectionError):
-                sock.sendall(bytes(10**7))
-        self.assertLess(len(b"".join(served.received)), 2 * mathserver.LIMIT)
+                sock.recv(9)  # which waits for the end
+            self.assertLess(len(b"".join(served.received)), 2 * mathserver.LIMIT)
 
     def test_a_client_may_close_before_all_of_the_question_has_been_sent(self):
         mathserver.LATE = support.TIMEOUT
@@ -233,17 +222,15 @@ class ConversationTest(unittest.TestCase):
             sock.shutdown(socket.SHUT_WR)
             self.assertEqual(sock.recv(9), b"")
 
-    def test_a_client_may_reset_the_connection_after_the_secret(self):
-        line = "secret: the client reset the connection: perhaps"
-        with self.talking("secret: open it! for", line) as (sock, _):
-            converse(sock)
-            sock.setsockopt(*support.RESET)
-
-    def test_what_comes_after_the_secret_is_no_answer(self):
-        line = "secret: the client sent 73 75 6d 21: S is not a question"
-        with self.talking("secret: open it! for", line) as (sock, _):
-            converse(sock)
-            sock.sendall(b"sum!")
+    def test_a_client_may_go_wrong_after_the_secret(self):
+        for act, words in (
+            (lambda sock: sock.setsockopt(*support.RESET), "reset the connection: "),
+            (lambda sock: sock.sendall(b"sum!"), "sent 73 75 6d 21: "),
+        ):
+            lines = f"secret: {PHRASE} for", f"secret: the client {words}"
+            with self.talking(*lines) as (sock, _):
+                converse(sock)
+                act(sock)
 
 
 SERVER = (*PYTHON, mathserver.__file__)
