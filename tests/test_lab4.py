@@ -34,6 +34,7 @@ class ProtocolTest(unittest.TestCase):
             near.sendall(stream)
             near.shutdown(socket.SHUT_WR)
             self.assertEqual(lab4.answer_questions(sock), PHRASE)
+            self.assertEqual(sock.gettimeout(), socket.getdefaulttimeout())
             return sock.received[:], sock.sent, sock.recv(4096)
 
     def test_a_frame_may_arrive_in_any_pieces(self):
