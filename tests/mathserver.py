@@ -163,16 +163,16 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
     for n, total in enumerate(sums, 1):
         if early[:4] == ANSWER.pack(total):
             return f"{line}: the answer to question {n} again, perhaps from a buffer"
-    return f"{line}: call recv in a loop until all 9 are there, then send just 4 bytes"
+    return f"{line}: call recv again and again until all 9 are there, then send just 4"
 
 
 def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED) -> str:
     """Return what is known of a client that `did` this instead of going on."""
     if len(sent) < 9:
-        line = f"the client {did} after {len(sent)} of 9 bytes had been sent to it"
+        line = f"the client {did} after {len(sent)} of 9 bytes had been sent to it: "
         if sums:
-            return f"{line}: keep this same connection, and call recv again until all 9"
-        return f"{line}: call recv again until all 9 are there, however long it takes"
+            line += "use this same connection for all questions, and "
+        return f"{line}call recv again until all 9 are there, however long it takes"
     if sent.startswith(b"S"):
         return "the client reset the connection: perhaps it left bytes unread"
     state = f"{show_question(sent)}, sent {len(answer)} of 4 bytes back and {did}"

@@ -23,8 +23,7 @@ try:
 except OSError as error:
     IPV6 = unittest.skip(f"this machine has no ::1: {error}")
 POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
-# The PYTHON variables of whoever runs the tests must not change their outcome, but some
-# interpreters do not start without PYTHONHOME.
+# The tests must not depend on PYTHON variables, but some interpreters need PYTHONHOME.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
 ENVIRONMENT.update({k: v for k, v in os.environ.items() if k == "PYTHONHOME"})
 ENVIRONMENT.update({"COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"})

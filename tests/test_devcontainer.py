@@ -4,9 +4,8 @@ import os
 import shlex
 import sys
 import unittest
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from tests.support import PYTHON, ROOT, run, started
 
