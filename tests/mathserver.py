@@ -19,7 +19,7 @@ from typing import Any, Iterator, List, Optional, Tuple
 
 PAUSE = 0.01  # seconds of silence before each piece of a frame, and after an answer
 LATE = 1.3  # seconds before the last piece of question 1: sleep(1) must not be enough
-SILENCE = 3  # seconds without a client, or without an answer, until the log says so
+SILENCE = 2.5  # seconds without a client, or without an answer, until the log says so
 WATCH = 2  # seconds after the secret in which the client should send nothing more
 TRACEBACK = 1  # seconds at most that the log waits for a failed client to print why
 GRACE = 3  # seconds at most that clients may go on after the command has ended
@@ -45,10 +45,10 @@ class Conversation(threading.Thread):
         self.answer = b""  # what has come since then
         self.sums: List[int] = []  # the right answers so far
         self.hinted = False  # true once the log has told of a silence
+        self.wrong = ""  # what the client has done wrong
 
     def run(self) -> None:
         """Hold the conversation, and log what is wrong with the client, if anything."""
-        wrong = ""
         try:
             with self.sock:
                 # Otherwise the kernel may join the pieces of a frame.
@@ -62,16 +62,20 @@ class Conversation(threading.Thread):
                 self.sock.shutdown(socket.SHUT_WR)
                 with contextlib.suppress(EOFError):  # as it should be
                     if more := self.receive(WATCH):
-                        wrong = f"the client sent {show(more)}: S is not a question"
+                        self.wrong = f"the client sent {show(more)}: S is no question"
         except ValueError as error:
-            wrong = str(error)
+            self.wrong = str(error)
         except (EOFError, OSError):
-            wrong = explain_stop(self.sent, self.answer, self.sums)
-        if wrong:
+            self.wrong = explain_stop(self.sent, self.answer, self.sums)
+        if self.wrong:
             self.ended.wait(TRACEBACK)
-            # A mistake in an earlier connection may be the cause of this one.
-            join_conversations(time.monotonic() + TRACEBACK, self.number)
-            logging.info("%s: %s", self.stage, wrong)
+            # A mistake in an earlier connection may be the cause, so it is told first.
+            deadline = time.monotonic() + TRACEBACK
+            for other in threading.enumerate():
+                if isinstance(other, Conversation) and other.number < self.number:
+                    left = max(0, deadline - time.monotonic())
+                    other.join(None if other.wrong else left)
+            logging.info("%s: %s", self.stage, self.wrong)
 
     def ask(self) -> None:
         """Ask a question and take its answer; raise ValueError if that is wrong."""
@@ -117,13 +121,6 @@ class Conversation(threading.Thread):
         return data
 
 
-def join_conversations(deadline: float, number: float = float("inf")) -> None:
-    """Wait until the conversations before `number` have ended, or for the deadline."""
-    for thread in threading.enumerate():
-        if isinstance(thread, Conversation) and thread.number < number:
-            thread.join(max(0, deadline - time.monotonic()))
-
-
 def serve(server: socket.socket, secret: str, process: Any) -> None:
     """Hold a conversation with each client until `process` ends; for ever if None."""
     ended = threading.Event()
@@ -145,7 +142,7 @@ def serve(server: socket.socket, secret: str, process: Any) -> None:
         except socket.timeout:
             if lonely and (ended.is_set() or time.monotonic() > start + SILENCE):
                 port = server.getsockname()[1]
-                logging.info("nobody has connected to port %s over TCP", port)
+                logging.info("nobody has connected to port %s over TCP so far", port)
                 lonely = False
             if ended.is_set():
                 break
@@ -154,7 +151,9 @@ def serve(server: socket.socket, secret: str, process: Any) -> None:
             if client:
                 client[0].close()
             time.sleep(1)
-    join_conversations(deadline)
+    for thread in threading.enumerate():
+        if isinstance(thread, Conversation):
+            thread.join(max(0, deadline - time.monotonic()))
 
 
 def explain_early(count: int, early: bytes, sums: List[int]) -> str:

@@ -237,7 +237,7 @@ class ServerTest(unittest.TestCase):
             ("os._exit(-5)", 251 if os.name == "posix" else 2**32 - 5),
         ):
             command = (*COMMAND, f"import os, sys; {code}", "--port")
-            self.assert_ending(command, status, r".*: nobody .* port \d+ over TCP\n")
+            self.assert_ending(command, status, r".*: nobody .* port \d+ over TCP .*\n")
         self.assert_ending(("./nosuch",), 127, r"mathserver.py: .*'./nosuch'.*\n")
 
     def test_the_log_explains_after_the_traceback_in_the_order_of_connection(self):
