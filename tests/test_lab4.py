@@ -18,7 +18,7 @@ import lab4
 from tests import support
 from tests.support import IPV6, LAB4, POSIX, PYTHON, ROOT, RecordedSocket, run
 
-PHRASE = b"\n\x00\xff\xc3\xa9\x1b[ "  # not UTF-8, and with white space at both ends
+PHRASE = b" \x00\xff\xc3\xa9\x1b[\n"  # not UTF-8, and with white space at both ends
 SECRET = b"S" + PHRASE
 # Each integer is the same in both byte orders: only one test is about the order.
 QUESTION, ANSWER = b"Q\x01\x02\x02\x01\x03\x05\x05\x03", b"\x04\x07\x07\x04"
@@ -211,7 +211,7 @@ class HostTest(unittest.TestCase):
         in_thread = "t = threading.Thread(target=run); t.start(); t.join()"
         for call in ("run()", "lab4.main()", in_thread):
             statement = f"with contextlib.redirect_stdout(stdout): {call}"
-            self.assert_output(rb"'\n\x00\\xff\\xc3\\xa9\x1b[ \n' True", statement)
+            self.assert_output(rb"' \x00\\xff\\xc3\\xa9\x1b[\n\n' True", statement)
 
     def test_a_host_may_write_before_and_after_and_keeps_its_ctrl_c(self):
         expected = b"before" + os.linesep.encode() + PHRASE + b"\n'' True"
