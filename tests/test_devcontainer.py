@@ -7,7 +7,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from tests.support import PYTHON, ROOT, run, started
+from tests.support import POSIX, PYTHON, ROOT, run, started
 
 COMPOSE = (ROOT / ".devcontainer" / "compose.yaml").read_text(encoding="utf-8")
 LAUNCH = (ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8")
@@ -22,6 +22,7 @@ class DevContainerTest(unittest.TestCase):
         self.assertIn(" --port 8000\n", COMPOSE)
         self.assertIn(f":{8000:04X} ", CHECK)
 
+    @POSIX
     @unittest.skipUnless(os.path.exists("/proc/net/tcp"), "only Linux has this file")
     def test_the_health_check_passes_only_while_the_server_runs(self):
         with started(*PYTHON, *shlex.split(COMMAND), "--port", 0) as process:
