@@ -161,8 +161,9 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
     line = f"the client sent {show(early)} after only {count} of 9 bytes"
     for n, total in enumerate(sums, 1):
         if early[:4] == ANSWER.pack(total):
-            return f"{line}: the answer to question {n} again, perhaps from a buffer"
-    return f"{line}: call recv again and again until all 9 are there, then send just 4"
+            again = f"the answer to question {n} again"
+            return f"{line}: {again}, perhaps because the question is still in a buffer"
+    return f"{line}: call recv until all 9 are there, and then send just 4 bytes"
 
 
 def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED) -> str:

@@ -157,7 +157,7 @@ class ConversationTest(unittest.TestCase):
             (lambda sock: sock.shutdown(socket.SHUT_WR), CLOSED),
             (lambda sock: sock.setsockopt(*support.RESET), CLOSED),
         ):
-            line = f"question 1: the client {words} after .*7 of 9 .*: call recv again"
+            line = f"question 1: the client {words} after .*7 of 9 .*: call recv"
             with self.talking(line) as (sock, _):
                 receive(sock, 7)
                 act(sock)
