@@ -21,7 +21,7 @@ def receive_frame(sock: socket.socket) -> bytes:
     frame = b""
     while len(frame) < FRAME_SIZE:
         piece = sock.recv(FRAME_SIZE - len(frame))  # only what this frame lacks
-        if not piece:  # recv returns b"" only when the server has closed the connection
+        if not piece:  # recv returns b"" only when the server will send nothing more
             raise EOFError(f"closed after {len(frame)} of a frame's {FRAME_SIZE} bytes")
         frame += piece
     return frame

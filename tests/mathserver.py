@@ -40,9 +40,9 @@ class Conversation(threading.Thread):
         self.number = number  # the first client is number 1
         self.secret = secret
         self.ended = ended  # an Event, set when the command that is served has ended
-        self.stage = ""  # what the log calls this point of the conversation
+        self.stage = self.name  # what the log calls this point of the conversation
         self.sent = b""  # the part of the current frame that has been sent
-        self.answer = b""  # what has come since then
+        self.answer = b""  # what has come since that frame began
         self.sums: List[int] = []  # the right answers so far
         self.hinted = False  # true once the log has told of a silence
         self.wrong = ""  # what the client has done wrong
@@ -100,11 +100,11 @@ class Conversation(threading.Thread):
     def send(self, frame: bytes) -> None:
         """Send a frame in 2 to 4 pieces; raise ValueError if anything comes before."""
         self.sent = self.answer = b""
-        cuts, last = sorted(random.sample(range(1, 9), random.randint(1, 3))), PAUSE
+        cuts, delay = sorted(random.sample(range(1, 9), random.randint(1, 3))), PAUSE
         if not self.sums:  # question 1, whose operands are always cut
-            cuts, last = [1, 3, 7], LATE
+            cuts, delay = [1, 3, 7], LATE
         for start, end in zip([0, *cuts], [*cuts, 9]):
-            if early := self.receive(PAUSE if end < 9 else last):
+            if early := self.receive(PAUSE if end < 9 else delay):
                 raise ValueError(explain_early(start, early, self.sums))
             self.sock.sendall(frame[start:end])
             self.sent = frame[:end]
@@ -175,9 +175,9 @@ def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED)
         return f"{line}call recv again until all 9 are there, however long it takes"
     if sent.startswith(b"S"):
         return "the client reset the connection: perhaps it left bytes unread"
-    state = f"{show_question(sent)}, sent {len(answer)} of 4 bytes back and {did}"
-    perhaps = "perhaps it crashed, waited for more, or did not send or flush its answer"
-    return f"the client was sent {state}: {perhaps}"
+    line = f"{show_question(sent)}, sent {len(answer)} of 4 bytes back and {did}"
+    perhaps = "perhaps it crashed" if did == CLOSED else "perhaps it waits for more"
+    return f"the client was sent {line}: {perhaps}, or did not send or flush its answer"
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:

@@ -74,9 +74,9 @@ class ExplanationTest(unittest.TestCase):
 
     def test_few_small_answers_and_no_others_have_a_cause_by_chance(self):
         draw = random.Random(2).getrandbits
-        for low, most in ((0, 5), (2**24, 0)):
+        for answers, most in ((range(2000), 5), (range(2**24, 2**32, 2**21 + 99), 0)):
             lines = []
-            for answer in range(low, low + 2000):
+            for answer in answers:
                 question = b"Q" + struct.pack(">II", draw(31), draw(31))
                 data = struct.pack(">I", answer)
                 lines.append(mathserver.explain_answer(question, data, SUMS))
@@ -162,7 +162,7 @@ class ConversationTest(unittest.TestCase):
                 receive(sock, 7)
                 act(sock)
         mathserver.PAUSE = support.TIMEOUT
-        with self.talking("question 1: .* after only 0 of 9 bytes") as (sock, _):
+        with self.talking("question 1: .* 31 32 33 34 after only 0 of 9") as (sock, _):
             sock.sendall(b"1234")
 
     def test_an_answer_may_be_that_to_an_earlier_question(self):
@@ -174,7 +174,7 @@ class ConversationTest(unittest.TestCase):
                 sock.sendall(answer)
                 receive(sock, size)
                 sock.sendall(answer)
-                self.assertEqual(sock.recv(9), b"")
+                self.assertLess(len(receive(sock)), 9)  # as the server closes
 
     def test_what_a_client_sends_before_it_closes_is_explained(self):
         for change, line in (
@@ -186,7 +186,7 @@ class ConversationTest(unittest.TestCase):
         ):
             mathserver.PAUSE = 0.001
             talking = self.talking(f"question {line}", stops=[4, 5])
-            with talking as (sock, served), contextlib.suppress(ConnectionError):
+            with talking as (sock, served), contextlib.suppress(OSError):
                 answer = right(receive(sock))
                 mathserver.PAUSE = support.TIMEOUT  # so that the end comes first
                 sock.sendall(change(answer))
@@ -284,7 +284,7 @@ class ServerTest(unittest.TestCase):
                 self.assertIn(b"client: [Errno 24] ", process.stderr.readline())
             _, stderr, status = finish(process, b"\n")
         self.assertEqual((stderr.count(" closed "), status), (20, 0), stderr)
-        self.assertLess(stderr.count(" cannot serve "), 4, stderr)
+        self.assertLess(stderr.count(" cannot serve "), 20, stderr)
 
     @POSIX
     def test_a_signal_ends_it_at_once(self):
