@@ -14,7 +14,7 @@ ANSWER = struct.Struct(">I")  # the client sends these 4 bytes, without a tag
 
 
 def receive_frame(sock: socket.socket) -> bytes:
-    """Return the next frame from `sock`, 9 bytes, in however many pieces it arrives.
+    """Return the next frame from `sock`: all 9 bytes, even if they come in pieces.
 
     Raise EOFError if the stream ends first, and OSError if the connection fails.
     """
@@ -40,16 +40,16 @@ def answer_questions(sock: socket.socket) -> bytes:
         if tag != QUESTION:
             raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
-        sock.sendall(ANSWER.pack((first + second) % 2**32))  # wrap, or pack would fail
+        sock.sendall(ANSWER.pack((first + second) % 2**32))  # a sum of 33 bits wraps
 
 
 def print_phrase(phrase: bytes) -> None:
-    """Print the phrase as it came, or as text if a grader has replaced sys.stdout."""
+    """Print the phrase as it came, or as text if a program has replaced sys.stdout."""
     if sys.stdout is sys.__stdout__:
         print(end="", flush=True)  # what was printed before comes first
         with open(1, "wb", closefd=False) as stdout:  # file descriptor 1 is stdout
-            stdout.write(phrase + b"\n")  # print would report a full disk only at exit
-    else:  # by a StringIO, for example, which takes only text
+            stdout.write(phrase + b"\n")  # print would report a full disk at exit, too
+    else:  # sys.stdout is a StringIO, for example, which takes only text
         print(phrase.decode("ascii", "backslashreplace"))
 
 
@@ -66,7 +66,7 @@ def main() -> None:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
         print_phrase(phrase)
-    except OSError as error:  # strerror is None after a time limit that a grader sets
+    except OSError as error:  # strerror is None after a timeout set by other code
         sys.exit(f"{failure}: {error.strerror or error}")
     except (EOFError, ValueError) as error:
         sys.exit(f"{failure}: {error}")

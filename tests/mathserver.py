@@ -170,7 +170,7 @@ def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED)
     """Return what is known of a client that `did` this instead of going on."""
     if len(sent) < 9:
         line = f"the client {did} after {len(sent)} of 9 bytes had been sent to it: "
-        if sums:
+        if sums and not sent.startswith(b"S"):
             line += "use this same connection for all questions, and "
         return f"{line}call recv again until all 9 are there, however long it takes"
     if sent.startswith(b"S"):

@@ -103,7 +103,7 @@ def receive(sock, size=9):
 
 
 # A test may set other values, which are undone after it, too.
-@mock.patch.multiple(mathserver, SILENCE=support.TIMEOUT, PAUSE=0.001, LATE=0.001)
+@mock.patch.multiple(mathserver, SILENCE=20, WATCH=20, PAUSE=0.001, LATE=0.001)
 class ConversationTest(unittest.TestCase):
     @contextlib.contextmanager
     def talking(self, *lines, stops=()):
