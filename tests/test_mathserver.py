@@ -180,8 +180,8 @@ class ConversationTest(unittest.TestCase):
         for change, line in (
             (lambda answer: answer[::-1], "1: .*: the right sum, sent little-endian"),
             (lambda answer: answer * 10**6, "1: .*: the right sum, sent again"),
-            (lambda answer: answer[:3], f"1: .* sent 3 of 4 .* {CLOSED}: perhaps"),
-            (lambda answer: answer[:0], f"1: .* sent 0 of 4 .* {CLOSED}: perhaps"),
+            (lambda answer: answer[:3], f"1: .* 3 of 4 .*{CLOSED}: perhaps it crashed"),
+            (lambda answer: answer[:0], f"1: .* 0 of 4 .*{CLOSED}: perhaps it crashed"),
             (lambda answer: answer, f"2: .* {CLOSED} after 0 of 9 .*: use this same"),
         ):
             mathserver.PAUSE = 0.001
