@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, List, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 20  # seconds until a test gives up on what takes one at most
+TIMEOUT = 20  # seconds until a test gives up on what takes a second at most
 PYTHON = (sys.executable, "-S", "-W", "error")  # -S: without installed packages
 LAB4 = (*PYTHON, ROOT / "lab4.py")
 LINGER = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
