@@ -2,13 +2,13 @@
 """Answer a math server's addition questions over TCP and print its secret phrase."""
 
 import argparse
-import signal
 import socket
 import struct
 import sys
 
 FRAME_SIZE = 9  # the server sends frames: a tag of 1 byte, then a payload of 8
-QUESTION, SECRET = b"Q", b"S"  # the tags
+QUESTION = b"Q"  # the tag of a question
+SECRET = b"S"  # the tag of the secret phrase
 OPERANDS = struct.Struct(">II")  # ">" is big-endian, "I" an unsigned 32-bit integer
 ANSWER = struct.Struct(">I")  # the client sends these 4 bytes, without a tag
 
@@ -22,7 +22,8 @@ def receive_frame(sock: socket.socket) -> bytes:
     while len(frame) < FRAME_SIZE:
         piece = sock.recv(FRAME_SIZE - len(frame))  # only what this frame lacks
         if not piece:  # recv returns b"" only when the server will send nothing more
-            raise EOFError(f"closed after {len(frame)} of a frame's {FRAME_SIZE} bytes")
+            count = f"{len(frame)} of a frame's {FRAME_SIZE} bytes"
+            raise EOFError(f"the server closed the connection after {count}")
         frame += piece
     return frame
 
@@ -34,23 +35,14 @@ def answer_questions(sock: socket.socket) -> bytes:
     """
     while True:
         frame = receive_frame(sock)
-        tag, payload = frame[:1], frame[1:]  # frame[0] would be a number: 83, not b"S"
+        tag = frame[:1]  # frame[0] would be a number: 83, not b"S"
+        payload = frame[1:]
         if tag == SECRET:
             return payload
         if tag != QUESTION:
             raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
         sock.sendall(ANSWER.pack((first + second) % 2**32))  # a sum of 33 bits wraps
-
-
-def print_phrase(phrase: bytes) -> None:
-    """Print the phrase as it came, or as text if a program has replaced sys.stdout."""
-    if sys.stdout is sys.__stdout__:
-        print(end="", flush=True)  # what was printed before comes first
-        with open(1, "wb", closefd=False) as stdout:  # file descriptor 1 is stdout
-            stdout.write(phrase + b"\n")  # print would report a full disk at exit, too
-    else:  # sys.stdout is a StringIO, for example, which takes only text
-        print(phrase.decode("ascii", "backslashreplace"))
 
 
 def main() -> None:
@@ -61,18 +53,20 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.port <= 65535:  # some systems would take it modulo 65536
         parser.error(f"argument port: {args.port} is not from 1 to 65535")
-    failure = f"lab4.py: cannot print the phrase from {args.host!r} port {args.port}"
     try:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
-        print_phrase(phrase)
-    except OSError as error:  # strerror is None after a timeout set by other code
-        sys.exit(f"{failure}: {error.strerror or error}")
-    except (EOFError, ValueError) as error:
-        sys.exit(f"{failure}: {error}")
+        print(phrase.decode("utf-8", "backslashreplace"), flush=True)
+    except (EOFError, OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror  # "Connection refused" without its number
+        server = f"{args.host!r} port {args.port}"
+        sys.exit(f"lab4.py: cannot print the phrase from {server}: {reason}")
 
 
 if __name__ == "__main__":
-    if sys.stdout is sys.__stdout__ and not hasattr(sys, "ps1"):  # no interactive shell
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it with no traceback
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # Ctrl-C
+        sys.exit(130)
