@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -11,100 +10,113 @@ import secrets
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
+from subprocess import Popen
 from typing import Any, Iterator, List, Optional, Tuple
 
-PAUSE = 0.01  # seconds of silence before each piece of a frame, and after an answer
-LATE = 1.3  # seconds before the last piece of question 1: sleep(1) must not be enough
-SILENCE = 2.5  # seconds without a client, or without an answer, until the log says so
-WATCH = 2  # seconds after the secret in which the client should send nothing more
-TRACEBACK = 1  # seconds at most that the log waits for a failed client to print why
+PAUSE = 0.01  # seconds without a byte before each piece of a frame, and after an answer
+LONGEST_PAUSE = 3  # seconds at most before the second piece of a frame
+SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
+SILENCE = 2.5  # seconds until the log says that no client, or no answer, has come
+TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
+RETRY = 1  # seconds until the server tries again when files or threads have run out
 GRACE = 3  # seconds at most that clients may go on after the command has ended
-LIMIT = 1024  # bytes of an answer that are looked at
-OPERANDS, ANSWER = struct.Struct(">xII"), struct.Struct(">I")
+NUMBERS = struct.Struct(">xII")  # the two numbers of a question, after its tag
+ANSWER = struct.Struct(">I")
+# Bytes that clients add instead of [1:5] + [5:9].
 WRONG_SLICES = ((0, 4, 4, 8), (1, 4, 5, 8), (1, 4, 4, 8), (1, 5, 6, 9), (2, 6, 6, 9))
 TEXT = re.compile(rb"\d+|\0*[\s!-~]{5,}\0*")  # fewer letters may be chance
-CLOSED = "closed the connection (or its sending side)"  # both look the same
-integer = functools.partial(int.from_bytes, byteorder="big")
 
 
 class Conversation(threading.Thread):
     """One client's questions and answers, and the secret phrase if all are right."""
 
-    def __init__(self, number: int, client: Any, secret: str, ended: Any) -> None:
+    def __init__(self, client: Tuple[socket.socket, Any], secret: str) -> None:
         self.sock, address = client
-        super().__init__(name="%s port %s" % address[:2], daemon=True)
-        self.number = number  # the first client is number 1
+        # macOS may know no address of a client that is already gone.
+        name = "%s port %s" % address[:2] if address else "a client"
+        super().__init__(name=name, daemon=True)
         self.secret = secret
-        self.ended = ended  # an Event, set when the command that is served has ended
-        self.stage = self.name  # what the log calls this point of the conversation
+        self.stage = name  # what the log calls this point of the conversation
         self.sent = b""  # the part of the current frame that has been sent
         self.answer = b""  # what has come since that frame began
         self.sums: List[int] = []  # the right answers so far
+        self.pause = PAUSE  # seconds before the second piece of the next frame
         self.hinted = False  # true once the log has told of a silence
-        self.wrong = ""  # what the client has done wrong
 
     def run(self) -> None:
-        """Hold the conversation, and log what is wrong with the client, if anything."""
+        """Hold the conversation, and log the client's mistake, if it makes one."""
         try:
             with self.sock:
-                # Otherwise the kernel may join the pieces of a frame.
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-                for n in range(1, random.randint(5, 12) + 1):
-                    self.stage = f"{self.name}: question {n}"
-                    self.ask()
-                self.stage = f"{self.name}: secret"
-                logging.info("%s: %s for %s right answers", self.stage, self.secret, n)
-                self.send(b"S" + self.secret.encode())
-                self.sock.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(EOFError):  # as it should be
-                    if more := self.receive(WATCH):
-                        self.wrong = f"the client sent {show(more)}: S is no question"
+                self.converse()
+            return
         except ValueError as error:
-            self.wrong = str(error)
+            mistake = str(error)
         except (EOFError, OSError):
-            self.wrong = explain_stop(self.sent, self.answer, self.sums)
-        if self.wrong:
-            self.ended.wait(TRACEBACK)
-            # A mistake in an earlier connection may be the cause, so it is told first.
-            deadline = time.monotonic() + TRACEBACK
-            for other in threading.enumerate():
-                if isinstance(other, Conversation) and other.number < self.number:
-                    left = max(0, deadline - time.monotonic())
-                    other.join(None if other.wrong else left)
-            logging.info("%s: %s", self.stage, self.wrong)
+            did = "closed its side of the connection"
+            mistake = explain_stop(did, self.sent, self.answer, self.sums)
+        time.sleep(TRACEBACK)
+        logging.info("%s: %s", self.stage, mistake)
+
+    def converse(self) -> None:
+        """Ask questions and send the secret; raise ValueError for a mistake."""
+        # Otherwise the kernel may join the pieces of a frame.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        count = random.randint(5, 12)
+        for number in range(1, count + 1):
+            self.stage = f"{self.name}: question {number}"
+            self.ask()
+        self.stage = f"{self.name}: secret"
+        right = f"{self.secret} for {count} right answers"
+        logging.info("%s: %s; print just that", self.stage, right)
+        self.pause = max(self.pause, SECRET_PAUSE)
+        self.send(b"S" + self.secret.encode())
+        self.sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(EOFError, OSError):  # the client closes, as it should
+            if late := self.receive(SILENCE):
+                line = f"the client sent {show(late)} after the secret: send nothing"
+                raise ValueError(f"{line} after a frame with frame[:1] == b'S'")
 
     def ask(self) -> None:
-        """Ask a question and take its answer; raise ValueError if that is wrong."""
+        """Ask a question and check its answer; raise ValueError if that is wrong."""
         # The lab converts a sum into 4 bytes, so a question never needs to wrap.
-        first, second = random.randrange(2**31), random.randrange(2**31)
+        first = random.randrange(2**31)
+        second = random.randrange(2**31)
         self.send(b"Q" + struct.pack(">II", first, second))
+        self.receive_answer()
+        if self.answer != ANSWER.pack(first + second):
+            raise ValueError(explain_answer(self.sent, self.answer, self.sums))
+        self.sums.append(first + second)
+
+    def receive_answer(self) -> None:
+        """Receive 4 bytes, and what follows them; log it if the client is silent."""
+        asked = time.monotonic()
         while len(self.answer) < 4:
             piece = self.receive(None if self.hinted else SILENCE)
             if not piece:
                 self.hinted = True
                 did = f"has been silent for {SILENCE} s"
-                hint = explain_stop(self.sent, self.answer, self.sums, did)
-                logging.info("%s: %s", self.stage, hint)
+                line = explain_stop(did, self.sent, self.answer, self.sums)
+                logging.info("%s: %s", self.stage, line)
+            elif not self.answer:
+                # A client that sleeps, instead of receiving until all is there, must
+                # fail: the next frame takes longer than it slept before this answer.
+                slept = time.monotonic() - asked
+                self.pause = max(PAUSE, min(3 * slept, LONGEST_PAUSE))
             self.answer += piece
-        with contextlib.suppress(EOFError, OSError):
-            while len(self.answer) < LIMIT and (more := self.receive(PAUSE)):
-                self.answer += more
-        if self.answer != ANSWER.pack(first + second):
-            raise ValueError(explain_answer(self.sent, self.answer, self.sums))
-        self.sums.append(first + second)
+        with contextlib.suppress(EOFError, OSError):  # the next frame will meet them
+            self.answer += self.receive(PAUSE)
 
     def send(self, frame: bytes) -> None:
-        """Send a frame in 2 to 4 pieces; raise ValueError if anything comes before."""
+        """Send a frame in pieces; raise ValueError if anything comes before its end."""
         self.sent = self.answer = b""
-        cuts, delay = sorted(random.sample(range(1, 9), random.randint(1, 3))), PAUSE
-        if not self.sums:  # question 1, whose operands are always cut
-            cuts, delay = [1, 3, 7], LATE
+        cuts = sorted(random.sample(range(1, 9), random.randint(3, 5)))
+        if not self.sums:
+            cuts = list(range(1, 9))  # question 1 goes byte by byte
         for start, end in zip([0, *cuts], [*cuts, 9]):
-            if early := self.receive(PAUSE if end < 9 else delay):
+            if early := self.receive(self.pause if start == cuts[0] else PAUSE):
                 raise ValueError(explain_early(start, early, self.sums))
             self.sock.sendall(frame[start:end])
             self.sent = frame[:end]
@@ -113,7 +125,7 @@ class Conversation(threading.Thread):
         """Return what comes in time, or b""; raise EOFError at the end, or OSError."""
         self.sock.settimeout(seconds)
         try:
-            data: bytes = self.sock.recv(LIMIT - len(self.answer))
+            data = self.sock.recv(1024)
         except socket.timeout:
             return b""
         if not data:
@@ -121,122 +133,118 @@ class Conversation(threading.Thread):
         return data
 
 
-def serve(server: socket.socket, secret: str, process: Any) -> None:
-    """Hold a conversation with each client until `process` ends; for ever if None."""
-    ended = threading.Event()
-    start = time.monotonic()
-    deadline = float("inf")
-    number = 0  # of clients so far
-    lonely = True  # until a client has connected, or the log has said that none has
-    server.settimeout(0.05 if process else None)  # how often to look at the process
-    while time.monotonic() < deadline:
-        if process and process.poll() is not None and not ended.is_set():
-            ended.set()
-            deadline = time.monotonic() + GRACE
-        client: Any = None  # not the one before, if accept fails
-        try:
-            client = server.accept()
-            lonely = False
-            number += 1
-            Conversation(number, client, secret, ended).start()
-        except socket.timeout:
-            if lonely and (ended.is_set() or time.monotonic() > start + SILENCE):
-                port = server.getsockname()[1]
-                logging.info("nobody has connected to port %s over TCP so far", port)
-                lonely = False
-            if ended.is_set():
-                break
-        except (OSError, RuntimeError) as error:  # no more files or threads
-            logging.error("cannot serve a client: %s", error)
-            if client:
-                client[0].close()
-            time.sleep(1)
-    for thread in threading.enumerate():
-        if isinstance(thread, Conversation):
-            thread.join(max(0, deadline - time.monotonic()))
-
-
 def explain_early(count: int, early: bytes, sums: List[int]) -> str:
-    """Return what is wrong with sending `early` when `count` bytes had been sent."""
+    """Return what is wrong with sending `early` after `count` bytes of a frame."""
     line = f"the client sent {show(early)} after only {count} of 9 bytes"
-    for n, total in enumerate(sums, 1):
+    for number, total in enumerate(sums, 1):
         if early[:4] == ANSWER.pack(total):
-            again = f"the answer to question {n} again"
+            again = f"the answer to question {number} again"
             return f"{line}: {again}, perhaps because the question is still in a buffer"
     return f"{line}: call recv until all 9 are there, and then send just 4 bytes"
 
 
-def explain_stop(sent: bytes, answer: bytes, sums: List[int], did: str = CLOSED) -> str:
-    """Return what is known of a client that `did` this instead of going on."""
-    if len(sent) < 9:
-        line = f"the client {did} after {len(sent)} of 9 bytes had been sent to it: "
-        if sums and not sent.startswith(b"S"):
-            line += "use this same connection for all questions, and "
-        return f"{line}call recv again until all 9 are there, however long it takes"
-    if sent.startswith(b"S"):
-        return "the client reset the connection: perhaps it left bytes unread"
-    line = f"{show_question(sent)}, sent {len(answer)} of 4 bytes back and {did}"
-    perhaps = "perhaps it crashed" if did == CLOSED else "perhaps it waits for more"
-    return f"the client was sent {line}: {perhaps}, or did not send or flush its answer"
+def explain_stop(did: str, frame: bytes, answer: bytes, sums: List[int]) -> str:
+    """Return what is known of a client that `did` this instead of going on.
+
+    `frame` is what it was sent since its last answer: a whole frame, or its beginning.
+    """
+    seen = f"{len(frame)} of 9 bytes"
+    advice = "call recv again until all 9 are there, however long it takes"
+    if answer:
+        seen = f"sending {show(answer)}"
+        advice = "an answer has 4 bytes"
+    elif len(frame) == 9:
+        seen = show_numbers(frame)
+        advice = "perhaps it waits for more than 9 bytes, does not tell Q from S, "
+        advice += "stopped before S came, or did not send or flush its answer"
+    elif sums and not frame.startswith(b"S"):
+        advice = f"answer until S comes, all on this connection, and {advice}"
+    line = f"the client {did} after {seen}"
+    return f"{line}: if it printed an error, fix that; if not, {advice}"
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
     """Return what is wrong with a wrong answer, which has at least 4 bytes."""
-    total = sum(OPERANDS.unpack(question))
-    size = len(answer)
-    causes = []
+    total = sum(NUMBERS.unpack(question))
+    right = f"{total} ({ANSWER.pack(total).hex(' ')})"
+    came = ANSWER.unpack(answer)[0] if len(answer) == 4 else f"{len(answer)} bytes"
+    line = f"{show_numbers(question)} is {right}, not {came} ({show(answer)})"
+    cause = find_cause(question, answer, sums)
+    return f"{cause}: {line}" if cause else line
+
+
+def find_cause(question: bytes, answer: bytes, sums: List[int]) -> str:
+    """Return the mistake that leads to such an answer, or "" if none is known."""
     for value, cause in likely_sums(question, sums):
         big = ANSWER.pack(value % 2**32)
-        for four, order in ((big, ""), (big[::-1], ", sent little-endian")):
+        for four, order in ((big, ""), (big[::-1], ", but sent little-endian")):
             if answer == four:
-                causes.append(f"{cause}{order}")
-            elif value == total and answer.count(four) > 1:
-                causes.append(f"{cause}{order}, sent again and again")
-            elif value == total and four in answer:
-                causes.append(f"{cause}{order}, in {size} bytes instead of 4")
-    if not causes and TEXT.fullmatch(answer):
-        causes.append("sent as text, not as a 4-byte integer")
-    unit = "bytes" if size < LIMIT else "or more bytes"
-    came = integer(answer) if size == 4 else f"{size} {unit}"
-    equation = f"{show_question(question)} is {total} ({ANSWER.pack(total).hex(' ')})"
-    line = f"{equation}, not {came} ({show(answer)})"
-    return f"{line}: {'; or '.join(causes)}" if causes else line
+                return f"{cause}{order}"
+            if answer.count(four) > 1:
+                return f"{cause}{order}, sent again and again"
+            if four in answer:
+                return f"{cause}{order}, in {len(answer)} bytes instead of 4"
+    return "sent as text, not as a 4-byte integer" if TEXT.fullmatch(answer) else ""
 
 
 def likely_sums(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
-    """Yield the sums that clients send for a question, each with its name."""
-    first, second = OPERANDS.unpack(question)
+    """Yield the sums that clients send for a question, each with what it is."""
+    first, second = NUMBERS.unpack(question)
     yield first + second, "the right sum"
-    yield first, "only the first operand"
-    yield second, "only the second operand"
-    yield sum(struct.unpack("<xII", question)), "the operands read as little-endian"
-    yield sum(struct.unpack(">xHH4x", question)), "the operands read as 16-bit integers"
-    for some in (question, question[1:], question[1::4]):
-        yield sum(some), "single bytes added"
+    yield first, "only the first number"
+    yield second, "only the second number"
+    yield sum(struct.unpack("<xII", question)), "the numbers read as little-endian"
+    yield sum(question[1:]), "single bytes added"
     for i, j, k, n in WRONG_SLICES:
-        cause = f"bytes [{i}:{j}] + [{k}:{n}], not [1:5] + [5:9]"
-        yield integer(question[i:j]) + integer(question[k:n]), cause
-    for n in range(2, 9):
-        head = question[:n]
-        yield integer(head[1:5]) + integer(head[5:]), f"only the first {n} bytes"
-    for n, earlier in enumerate(sums, 1):
-        yield earlier, f"the sum of question {n}"
-    if sums:
-        yield sum(sums) + first + second, "all sums so far added up"
+        added = int.from_bytes(question[i:j], "big")
+        added += int.from_bytes(question[k:n], "big")
+        yield added, f"bytes [{i}:{j}] + [{k}:{n}] (the numbers are [1:5] and [5:9])"
+    for number, earlier in enumerate(sums, 1):
+        yield earlier, f"the sum of question {number}"
+    yield sum(sums) + first + second, "all sums so far added up"
 
 
 def show(data: bytes) -> str:
     """Return text in quotes, and all else in hexadecimal; "..." if there is more."""
     start = data[:32]
-    text = len(data) != 4 and TEXT.fullmatch(data)  # 4 bytes are compared to an answer
-    shown = repr(start.decode()) if text else start.hex(" ")
+    shown = repr(start.decode()) if TEXT.fullmatch(data) else start.hex(" ")
     return shown if start == data else f"{shown} ..."
 
 
-def show_question(question: bytes) -> str:
-    """Return the operands of a question, and its bytes."""
-    first, second = OPERANDS.unpack(question)
+def show_numbers(question: bytes) -> str:
+    """Return the two numbers of a question, and its bytes."""
+    first, second = NUMBERS.unpack(question)
     return f"{first} + {second} ({question.hex(' ')})"
+
+
+def serve(server: socket.socket, process: "Optional[Popen[bytes]]") -> None:
+    """Hold a conversation with each client until `process` ends; for ever if None."""
+    secret = secrets.token_urlsafe(6)  # 8 characters
+    server.settimeout(0.05 if process else None)  # how often to look at the process
+    start = time.monotonic()
+    lonely = True  # until a client has connected, or the log has said that none has
+    ended = False
+    while not ended:
+        # This comes first: who connected before the end is accepted below.
+        ended = process is not None and process.poll() is not None
+        try:
+            while True:
+                Conversation(server.accept(), secret).start()
+                lonely = False
+        except socket.timeout:
+            pass
+        except (OSError, RuntimeError) as error:  # no more files or threads
+            lonely = False
+            logging.error("cannot serve a client: %s", error)
+            time.sleep(RETRY)
+        if lonely and (ended or time.monotonic() > start + SILENCE):
+            lonely = False
+            nobody = f"nobody has connected to port {server.getsockname()[1]} over TCP"
+            logging.info("%s so far: check host and port in the client", nobody)
+    deadline = time.monotonic() + GRACE
+    for thread in threading.enumerate():
+        if isinstance(thread, Conversation):
+            thread.join(max(0, deadline - time.monotonic()))
 
 
 def main() -> None:
@@ -254,21 +262,24 @@ def main() -> None:
         del args.command[0]
     logging.basicConfig(level=logging.INFO, format="mathserver.py: %(message)s")
     family = socket.AF_INET6 if ":" in args.bind else socket.AF_INET
-    address = (args.bind, args.port)
     try:
-        server = socket.create_server(address, family=family, backlog=4096)
+        server = socket.create_server((args.bind, args.port), family=family)
     except (OSError, TypeError) as error:  # args[-1] is the message
         sys.exit(f"mathserver.py: cannot listen on {args.bind}: {error.args[-1]}")
     logging.info("listening on %s port %s", *server.getsockname()[:2])
     try:
-        process: Any = subprocess.Popen(args.command) if args.command else None
+        process = Popen(args.command) if args.command else None
     except OSError as error:
-        logging.error("cannot run %r: %s", args.command[0], error.strerror)
-        os._exit(127)
-    serve(server, secrets.token_urlsafe(6), process)
-    code = process.returncode  # below 0 for a signal, and on Windows unsigned
+        advice = ": write python3 before it" if args.command[0].endswith(".py") else ""
+        logging.error("cannot run %r: %s%s", args.command[0], error.strerror, advice)
+        sys.exit(127)
+    serve(server, process)
+    assert process  # without one, serve does not return
+    status = process.returncode
+    if status < 0:  # a signal ended it: exit as a shell does
+        status = 128 - status
     # A thread may be stuck in writing to the log, so exit without waiting for it.
-    os._exit(128 - code if code < 0 else (code + 2**31) % 2**32 - 2**31)
+    os._exit(min(status, 255))  # a crash on Windows has a bigger one
 
 
 if __name__ == "__main__":
