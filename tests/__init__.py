@@ -1,0 +1,1 @@
+"""Tests of lab4.py and of the practice server, mathserver.py."""

@@ -9,26 +9,28 @@ import sys
 import threading
 import unittest
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Tuple
+from typing import Any, Iterable, Iterator, List, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 20  # seconds until a test gives up on what takes a second at most
 PYTHON = (sys.executable, "-S", "-W", "error")  # -S: without installed packages
-LAB4 = (*PYTHON, ROOT / "lab4.py")
-LINGER = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
-RESET = (socket.SOL_SOCKET, socket.SO_LINGER, LINGER)  # a close resets the connection
-try:
-    socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    IPV6 = unittest.skipIf(False, "")
-except OSError as error:
-    IPV6 = unittest.skip(f"this machine has no ::1: {error}")
 POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
-# The tests must not depend on PYTHON variables, but some interpreters need PYTHONHOME.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-ENVIRONMENT.update({k: v for k, v in os.environ.items() if k == "PYTHONHOME"})
+# Python's own variables would change what the processes print, but some interpreters
+# do not start without PYTHONHOME.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name == "PYTHONHOME" or not name.startswith("PYTHON")
+}
 ENVIRONMENT.update({"COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"})
-ENVIRONMENT.update({"PYTHONIOENCODING": "utf-8", "RES_OPTIONS": "attempts:1 timeout:1"})
-socket.setdefaulttimeout(TIMEOUT - 5)  # before the process at the other end is killed
+
+
+class Outcome(NamedTuple):
+    """What a process leaves."""
+
+    stdout: str
+    stderr: str
+    status: int
 
 
 class RecordedSocket(socket.socket):
@@ -57,34 +59,49 @@ class RecordedSocket(socket.socket):
         super().sendall(data, flags)
 
 
+def reset(sock: socket.socket) -> None:
+    """Close a connection in the way that makes the peer's recv fail."""
+    linger = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    sock.close()
+
+
+def has_ipv6() -> bool:
+    """Return whether this machine has the address ::1."""
+    with contextlib.suppress(OSError):
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        return True
+    return False
+
+
 @contextlib.contextmanager
-def started(*line: Any, **options: Any) -> Iterator[Any]:
-    """Start a command line; kill what still runs after the block, or after TIMEOUT."""
+def started(*command: Any, **options: Any) -> Iterator[Any]:
+    """Start a command; kill it if it still runs after the block, or after TIMEOUT."""
+    line = [str(word) for word in command]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     options = {**pipes, "bufsize": 0, "env": ENVIRONMENT, "cwd": ROOT, **options}
     process: Any
-    with subprocess.Popen([*map(str, line)], **options) as process:
-
-        def give_up() -> None:
-            process.kill()
-            process.stdin.close()  # so that its children end, too
-
-        watchdog = threading.Timer(TIMEOUT, give_up)
+    with subprocess.Popen(line, **options) as process:
+        watchdog = threading.Timer(TIMEOUT, process.kill)
         watchdog.start()
         try:
             yield process
         finally:
+            in_time = watchdog.is_alive()
             watchdog.cancel()
             process.kill()
+            if not in_time:
+                raise AssertionError(f"killed after {TIMEOUT} s: {line}")
 
 
-def finish(process: Any, stdin: bytes = b"") -> Tuple[bytes, str, int]:
-    """Wait for the end of a process; return its stdout, stderr and exit status."""
-    stdout, stderr = process.communicate(stdin, TIMEOUT)
-    return stdout or b"", stderr.decode().replace(os.linesep, "\n"), process.returncode
+def finish(process: Any, stdin: str = "") -> Outcome:
+    """Wait for the end of a process."""
+    ends = process.communicate(stdin.encode())
+    stdout, stderr = ((end or b"").decode().replace(os.linesep, "\n") for end in ends)
+    return Outcome(stdout, stderr, process.returncode)
 
 
-def run(*line: Any) -> Tuple[bytes, str, int]:
-    """Run a command line to its end; return its stdout, stderr and exit status."""
-    with started(*line) as process:
+def run(*command: Any) -> Outcome:
+    """Run a command to its end."""
+    with started(*command) as process:
         return finish(process)

@@ -1,37 +1,46 @@
-"""Tests that the dev container's two files agree on the math server's address."""
+"""Tests of the dev container: its files agree, and the health check works."""
 
-import os
+import re
 import shlex
-import sys
 import unittest
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from tests.support import POSIX, PYTHON, ROOT, run, started
 
-COMPOSE = (ROOT / ".devcontainer" / "compose.yaml").read_text(encoding="utf-8")
-LAUNCH = (ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8")
-COMMAND = COMPOSE.partition(" python3 ")[2].partition("\n")[0]
-CHECK = COMPOSE.partition(" test: ")[2].partition("\n")[0]
+HOST = "mathserver"
+PORT = 8000
+FOLDER = ROOT / ".devcontainer"
 
 
+@unittest.skipUnless(FOLDER.exists(), "this copy has no hidden folders")
 class DevContainerTest(unittest.TestCase):
     def test_the_files_agree_on_the_host_and_the_port(self):
-        self.assertIn('"args": ["mathserver", "8000"]', LAUNCH)
-        self.assertEqual(COMPOSE.count(" mathserver:\n"), 2)  # and who depends on it
-        self.assertIn(" --port 8000\n", COMPOSE)
-        self.assertIn(f":{8000:04X} ", CHECK)
+        for file, words in (
+            ("devcontainer.json", f'"args": ["{HOST}", "{PORT}"]'),
+            ("compose.yaml", f"\n  {HOST}:\n"),
+            ("compose.yaml", f"\n    depends_on:\n      {HOST}:\n"),
+            ("compose.yaml", f" tests/mathserver.py --bind 0.0.0.0 --port {PORT}\n"),
+            ("../README.md", f"\npython3 lab4.py {HOST} {PORT}\n"),
+        ):
+            with self.subTest(file, words=words):
+                self.assertTrue(words in (FOLDER / file).read_text(encoding="utf-8"))
 
     @POSIX
-    @unittest.skipUnless(os.path.exists("/proc/net/tcp"), "only Linux has this file")
     def test_the_health_check_passes_only_while_the_server_runs(self):
-        with started(*PYTHON, *shlex.split(COMMAND), "--port", 0) as process:
-            listening = process.stderr.readline().decode()
-            self.assertIn(" listening on 0.0.0.0 port ", listening)
-            check = CHECK.replace(f"{8000:04X}", f"{int(listening.split()[-1]):04X}")
-            self.assertEqual(run("sh", "-c", check), (b"", "", 0))
-        self.assertEqual(run("sh", "-c", check), (b"", "", 1))
+        compose = (FOLDER / "compose.yaml").read_text(encoding="utf-8")
+        (command,) = re.findall("command: python3 (.*)", compose)
+        (check,) = re.findall("test: (.*)", compose)
+        with started(*PYTHON, *shlex.split(command), "--port", 0) as process:
+            port = int(process.stderr.readline().split()[-1])
+            if not listed(port):
+                self.skipTest("only Linux lists what listens in /proc/net/tcp")
+            check = check.replace(f":{PORT:04X} ", f":{port:04X} ")
+            self.assertEqual(run("sh", "-c", check), ("", "", 0))
+        self.assertEqual(run("sh", "-c", check), ("", "", 1))
 
 
-if __name__ == "__main__":
-    unittest.main()
+def listed(port):
+    try:
+        with open("/proc/net/tcp", encoding="ascii") as table:
+            return f":{port:04X} " in table.read()
+    except OSError:
+        return False

@@ -1,95 +1,104 @@
-"""Tests of mathserver.py: what it asks, what its log says of a client, the command."""
+"""Tests of mathserver.py: the words of its log, its conversations, the command."""
 
 import contextlib
 import itertools
+import json
 import os
-import random
+import re
 import signal
 import socket
 import struct
-import sys
 import time
 import unittest
 from unittest import mock
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-
 import lab4
 from tests import mathserver, support
-from tests.support import IPV6, POSIX, PYTHON, finish, run, started
+from tests.support import POSIX, PYTHON, TIMEOUT, Outcome, finish, run, started
 
-SERVER = (*PYTHON, mathserver.__file__)
-COMMAND = (*PYTHON, "-c")  # and code: a command to serve
-WAIT = (*COMMAND, "import sys; sys.stdin.readline()")
-LAB = "import subprocess, sys; sys.exit(subprocess.call([*sys.argv[1:], input()]))"
-CLOSED = r"closed the connection \(or its sending side\)"
-PHRASE, TEXT = "open it!", "sent as text, not as a 4-byte integer"
-QUESTION, RIGHT = bytes.fromhex("51 38b27aa7 2b10728f"), bytes.fromhex("63c2ed36")
+PHRASE = "lO_2HEKb"
+SECRET_LINE = f"secret: {PHRASE} for 5 right answers; print just that"
+README = (support.ROOT / "README.md").read_text(encoding="utf-8")
+QUESTION = bytes.fromhex("51 38b27aa7 2b10728f")
+ASKED = "951220903 + 722498191 (51 38 b2 7a a7 2b 10 72 8f)"
+RIGHT = bytes.fromhex("63c2ed36")
+EQUATION = f"{ASKED} is 1673719094 (63 c2 ed 36), not"
 SUMS = [0x00010203, 0xFF030405]  # the right answers to two earlier questions
-CAUSES = (  # a wrong answer to QUESTION, and what is said to be the cause
-    (RIGHT[::-1], "the right sum, sent little-endian"),
-    (b"\x36\xec\xc2\x63", "the operands read as little-endian"),
-    (b"\x63\xc2\xec\x36", "the operands read as little-endian, sent little-endian"),
-    (b"\x00\x00\xb3\x59", "the operands read as 16-bit integers"),
+NUMBERS = "(the numbers are [1:5] and [5:9])"
+TEXT = "sent as text, not as a 4-byte integer"
+CAUSES = (  # wrong answers to QUESTION, and what is said to be the cause
+    (RIGHT[::-1], "the right sum, but sent little-endian"),
+    (bytes(4) + RIGHT, "the right sum, in 8 bytes instead of 4"),
+    (RIGHT * 2, "the right sum, sent again and again"),
+    (QUESTION[1:5], "only the first number"),
+    (QUESTION[5:9], "only the second number"),
+    (b"\x36\xec\xc2\x63", "the numbers read as little-endian"),
+    (b"\x63\xc2\xec\x36", "the numbers read as little-endian, but sent little-endian"),
     (b"\x00\x00\x03\x47", "single bytes added"),
-    (b"\x00\x00\x03\x98", "single bytes added"),  # the tag, too
-    (b"\x00\x00\x00\x63", "single bytes added"),  # the first of each operand
-    (b"\xf8\x63\xc2\xec", "bytes [0:4] + [4:8], not [1:5] + [5:9]"),
-    (b"\x00\x63\xc2\xec", "bytes [1:4] + [5:8], not [1:5] + [5:9]"),
-    (b"\xa7\x63\xc2\xec", "bytes [1:4] + [4:8], not [1:5] + [5:9]"),
-    (b"\x38\xc2\xed\x36", "bytes [1:5] + [6:9], not [1:5] + [5:9]"),
-    (b"\xb2\x8b\x19\xba", "bytes [2:6] + [6:9], not [1:5] + [5:9]"),
-    (QUESTION[1:5], "only the first operand; or only the first 5 bytes"),
-    (QUESTION[5:9], "only the second operand"),
-    (b"\x00\x00\x00\x38", "only the first 2 bytes"),
-    (b"\x38\xdd\x8b\x19", "only the first 8 bytes"),
+    (b"\xf8\x63\xc2\xec", f"bytes [0:4] + [4:8] {NUMBERS}"),
+    (b"\x00\x63\xc2\xec", f"bytes [1:4] + [5:8] {NUMBERS}"),
+    (b"\xa7\x63\xc2\xec", f"bytes [1:4] + [4:8] {NUMBERS}"),
+    (b"\x38\xc2\xed\x36", f"bytes [1:5] + [6:9] {NUMBERS}"),
+    (b"\xb2\x8b\x19\xba", f"bytes [2:6] + [6:9] {NUMBERS}"),
+    (b"\xb2\x8b\x19\xba\n", f"bytes [2:6] + [6:9] {NUMBERS}, in 5 bytes instead of 4"),
     (b"\xff\x03\x04\x05", "the sum of question 2"),
     (b"\x62\xc6\xf3\x3e", "all sums so far added up"),
-    (bytes(4) + RIGHT, "the right sum, in 8 bytes instead of 4"),
-    (RIGHT[::-1] + b"\n", "the right sum, sent little-endian, in 5 bytes instead of 4"),
-    (RIGHT * 2, "the right sum, sent again and again"),
     (b"\0\n1673719094", TEXT),  # as Java's writeUTF does
     (b"0x63c2ed36\n".ljust(32, b"\0"), TEXT),  # as from a C buffer
-    (b"1690", TEXT),
 )
 NO_CAUSES = (  # other answers to QUESTION, and how they are shown
-    (bytes(4), "0 (00 00 00 00)"),
     (b"abcd", "1633837924 (61 62 63 64)"),
     (b"\xffhello", "6 bytes (ff 68 65 6c 6c 6f)"),
-    (bytes(mathserver.LIMIT), f"1024 or more bytes ({bytes(32).hex(' ')} ...)"),
+    (bytes(40), f"40 bytes ({bytes(32).hex(' ')} ...)"),
+)
+AGAIN = "call recv again until all 9 are there, however long it takes"
+UNTIL_S = "answer until S comes, all on this connection"
+WAITS = (
+    "perhaps it waits for more than 9 bytes, does not tell Q from S, stopped before S "
+    "came, or did not send or flush its answer"
+)
+STOPS = (  # a frame or a part, earlier sums, and what the log says
+    (QUESTION[:7], SUMS[:0], "7 of 9 bytes", AGAIN),
+    (QUESTION[:7], SUMS, "7 of 9 bytes", f"{UNTIL_S}, and {AGAIN}"),
+    (b"Sopen it", SUMS, "8 of 9 bytes", AGAIN),
+    (QUESTION, SUMS, ASKED, WAITS),
 )
 
 
 class ExplanationTest(unittest.TestCase):
+    maxDiff = None
+
     def test_a_wrong_answer_has_a_cause(self):
         for answer, cause in CAUSES:
-            line = mathserver.explain_answer(QUESTION, answer, SUMS)
-            self.assertEqual(line.partition("): ")[2], cause, answer)
+            with self.subTest(answer=answer):
+                line = mathserver.explain_answer(QUESTION, answer, SUMS)
+                self.assertEqual(line.partition(f": {EQUATION} ")[0], cause)
 
     def test_an_answer_that_fits_no_mistake_has_no_cause(self):
-        equation = "951220903 + 722498191 (51 38 b2 7a a7 2b 10 72 8f) is 1673719094 "
         for answer, shown in NO_CAUSES:
             line = mathserver.explain_answer(QUESTION, answer, SUMS)
-            self.assertEqual(line, f"{equation}(63 c2 ed 36), not {shown}")
+            self.assertEqual(line, f"{EQUATION} {shown}")
 
-    def test_few_small_answers_and_no_others_have_a_cause_by_chance(self):
-        draw = random.Random(2).getrandbits
-        for answers, most in ((range(2000), 5), (range(2**24, 2**32, 2**21 + 99), 0)):
-            lines = []
-            for answer in answers:
-                question = b"Q" + struct.pack(">II", draw(31), draw(31))
-                data = struct.pack(">I", answer)
-                lines.append(mathserver.explain_answer(question, data, SUMS))
-            self.assertLessEqual(sum("): " in line for line in lines), most)
+    def test_a_client_that_stops_gets_advice(self):
+        for frame, sums, seen, advice in STOPS:
+            line = mathserver.explain_stop("slept", frame, b"", sums)
+            start = f"the client slept after {seen}: if it printed an error, fix that; "
+            self.assertEqual(line, f"{start}if not, {advice}")
 
-    def test_the_readme_has_the_words_and_the_times_of_the_log(self):
-        readme = (support.ROOT / "README.md").read_text(encoding="utf-8")
+    def test_an_early_answer_to_an_earlier_question_is_recognized(self):
+        line = mathserver.explain_early(1, b"\xff\x03\x04\x05", SUMS)
+        self.assertIn("after only 1 of 9 bytes: the answer to question 2 again", line)
+
+    def test_the_readme_shows_lines_of_the_log(self):
         early = mathserver.explain_early(7, b"\x38\xb2\xa5\xb7", SUMS)
-        for line in (early, mathserver.explain_answer(QUESTION, RIGHT[::-1], [])):
-            self.assertIn(f": question 1: {line}\n", readme)
-        self.assertIn("wait 5 seconds", readme)  # both programs start in half a second
-        self.assertLess(mathserver.LATE + mathserver.SILENCE, 4.5)
-        self.assertTrue(1.2 <= mathserver.LATE <= 1.6)  # "2 seconds" for a whole run
+        wrong = mathserver.explain_answer(QUESTION, RIGHT[::-1], [])
+        shown = re.findall(": question 1: (.*)|: (secret: .*)", README)
+        self.assertEqual(shown, [("", SECRET_LINE), (early, ""), (wrong, "")])
+
+    def test_the_readme_has_the_times_of_the_server(self):
+        seconds = [int(number) for number in re.findall(r"(\d+) seconds", README)]
+        longest = mathserver.LONGEST_PAUSE
+        self.assertEqual(seconds, [round(longest + mathserver.SILENCE + 0.5), longest])
 
 
 def right(question):
@@ -98,248 +107,323 @@ def right(question):
 
 def receive(sock, size=9):
     """Return the next bytes, fewer if the stream ends before."""
-    with sock.makefile("rb") as stream:
-        return stream.read(size)
+    data = b""
+    while len(data) < size and (piece := sock.recv(size - len(data))):
+        data += piece
+    return data
 
 
-# A test may set other values, which are undone after it, too.
-@mock.patch.multiple(mathserver, SILENCE=20, WATCH=20, PAUSE=0.001, LATE=0.001)
+def send(sock, data):
+    """Send data, close this side, and wait until the server closes the other."""
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        receive(sock)
+
+
+def answer_the_secret(sock):
+    lab4.answer_questions(sock)
+    send(sock, b"sum!")
+
+
+CLOSED = "the client closed its side of the connection after"
+MISTAKES = (  # a client, and the last line that the log has for it
+    (lambda sock: send(sock, b"hello"), "question 1: .* sent 'hello' after only "),
+    (socket.socket.close, rf"question 1: {CLOSED} \d of 9 bytes: "),
+    (support.reset, rf"question 1: {CLOSED} \d of 9 bytes: "),
+    (receive, rf"question 1: {CLOSED} \d+ \+ "),
+    (
+        lambda sock: send(sock, right(receive(sock))[:3]),
+        f"question 1: {CLOSED} sending ",
+    ),
+    (
+        lambda sock: send(sock, right(receive(sock))),
+        f"question 2: {CLOSED} 0 of 9 bytes",
+    ),
+    (
+        lambda sock: send(sock, right(receive(sock)) * 10**6),
+        "question 1: .* and again: ",
+    ),
+    (answer_the_secret, "secret: the client sent 73 75 6d 21 after the secret: "),
+)
+
+
+def receive_three_times(sock):
+    time.sleep(0.1)
+    frame = b""
+    for _ in range(3):
+        if len(frame) < 9:
+            frame += sock.recv(9 - len(frame))
+    return frame
+
+
+def receive_the_secret_once(sock):
+    tag = receive(sock, 1)
+    return tag + (sock.recv(8) if tag == b"S" else receive(sock, 8))
+
+
+WRONG_RECEIVERS = (
+    lambda sock: sock.recv(9),
+    lambda sock: receive(sock, 8),
+    receive_three_times,
+    receive_the_secret_once,
+)
+PAUSE = mathserver.PAUSE
+TRACEBACK = mathserver.TRACEBACK
+
+
+# A test may set other times, which are undone after it, too.
+@mock.patch.multiple(mathserver, PAUSE=0.001, TRACEBACK=0)
 class ConversationTest(unittest.TestCase):
-    @contextlib.contextmanager
-    def talking(self, *lines, stops=()):
-        """Yield a client's socket and the server's; then compare the log to `lines`."""
+    maxDiff = None
+
+    def converse(self, client):
+        """Let a client talk to the server; return its result and the log's lines.
+
+        The server's end of the connection is self.served, its thread self.thread.
+        """
         with socket.create_server(("127.0.0.1", 0)) as server:
-            sock = socket.create_connection(server.getsockname())
+            sock = socket.create_connection(server.getsockname(), TIMEOUT)
             accepted, address = server.accept()
-        served = support.RecordedSocket(accepted, stops)
-        talk = mathserver.Conversation(1, (served, address), PHRASE, mock.Mock())
+        self.served = support.RecordedSocket(accepted)
+        self.thread = mathserver.Conversation((self.served, address), PHRASE)
         with self.assertLogs() as log:
-            talk.start()
-            with sock:
-                yield sock, served
-            talk.join(support.TIMEOUT)
-        self.assertEqual(len(log.output), len(lines), log.output)
-        for line, pattern in zip(log.output, lines):
-            self.assertRegex(line, rf":127\.0\.0\.1 port {address[1]}: {pattern}")
+            self.thread.start()
+            try:
+                with sock:
+                    result = client(sock)
+            except Exception as error:
+                self.thread.join()
+                raise AssertionError(f"the log: {log.output}") from error
+            self.thread.join()
+        start = f"INFO:root:127.0.0.1 port {address[1]}: "
+        return result, [line.replace(start, "", 1) for line in log.output]
 
-    def test_right_answers_get_the_secret_after_a_pause_before_each_piece(self):
-        mathserver.PAUSE, mathserver.LATE = 0.004, 0.1
-        for pick, questions, pieces in ((min, 5, 2), (max, 12, 4)):
-            line = f"secret: {PHRASE} for {questions} right answers$"
-            start = time.perf_counter()
-            with mock.patch("random.randint", pick), self.talking(line) as (sock, peer):
-                self.assertEqual(lab4.answer_questions(sock), PHRASE.encode())
-                passed = time.perf_counter() - start
-                self.assertEqual(sock.recv(1), b"")
-                self.assertTrue(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-            self.assertEqual(len(peer.sent), 4 + pieces * questions)
-            self.assertGreater(passed, 0.1 + 0.003 * (len(peer.sent) - 1))
+    @mock.patch("random.randint", min)
+    def test_right_answers_get_the_secret(self):
+        phrase, lines = self.converse(lab4.answer_questions)
+        self.assertEqual((phrase, lines), (PHRASE.encode(), [SECRET_LINE]))
 
-    def test_operands_and_cuts_are_random_after_question_1(self):
-        questions, cuts = b"", {0}
-        for _ in range(8):
-            with self.talking("secret: ") as (sock, served):
-                lab4.answer_questions(sock)
-            questions += b"".join(served.sent)[:-9]
-            sizes = [len(piece) for piece in served.sent]
-            self.assertEqual(sizes[:4], [1, 2, 4, 2])  # both operands are cut
-            cuts.update(end % 9 for end in itertools.accumulate(sizes[4:]))
-        self.assertEqual(cuts, set(range(9)))
-        for drawn in zip(*struct.iter_unpack(">xII", questions)):
-            self.assertTrue(min(drawn) < 2**30 < max(drawn) < 2**31, drawn)
+    def test_each_mistake_is_explained_once(self):
+        for client, start in MISTAKES:
+            lines = self.converse(client)[1]
+            with self.subTest(start, lines=lines):
+                self.assertRegex(lines[-1], rf"\A{start}")
+                self.assertEqual(len(lines), 1 + start.startswith("secret"))
 
-    def test_a_client_may_go_wrong_before_all_of_a_frame_has_been_sent(self):
-        mathserver.LATE = support.TIMEOUT  # so that the client acts first
-        for act, words in (
-            (lambda sock: sock.sendall(b"\0"), "sent 00"),
-            (lambda sock: sock.sendall(b"hello"), "sent 'hello'"),
-            (lambda sock: sock.shutdown(socket.SHUT_WR), CLOSED),
-            (lambda sock: sock.setsockopt(*support.RESET), CLOSED),
-        ):
-            line = f"question 1: the client {words} after .*7 of 9 .*: call recv"
-            with self.talking(line) as (sock, _):
-                receive(sock, 7)
-                act(sock)
-        mathserver.PAUSE = support.TIMEOUT
-        with self.talking("question 1: .* 31 32 33 34 after only 0 of 9") as (sock, _):
-            sock.sendall(b"1234")
-        line = mathserver.explain_stop(b"S1234567", b"", SUMS)  # no question is left
-        self.assertIn(" 8 of 9 bytes had been sent to it: call recv again", line)
+    def test_there_are_5_to_12_questions(self):
+        for pick, count in ((min, 5), (max, 12)):
+            with mock.patch("random.randint", pick):
+                self.converse(lab4.answer_questions)
+            self.assertEqual(len(self.thread.sums), count)
 
-    def test_an_answer_may_be_that_to_an_earlier_question(self):
-        mathserver.PAUSE = 0.02  # in which the client may answer 1 byte of 9
-        line = "question 2: .*: (the answer to question 1 again|the sum of question 1)"
-        for size in (1, 9):
-            with self.talking(line) as (sock, _):
-                answer = right(receive(sock))
-                sock.sendall(answer)
-                receive(sock, size)
-                sock.sendall(answer)
-                self.assertLess(len(receive(sock)), 9)  # as the server closes
+    def test_question_1_goes_byte_by_byte(self):
+        self.converse(receive)
+        self.assertEqual(len(self.served.sent), 9)
 
-    def test_what_a_client_sends_before_it_closes_is_explained(self):
-        for change, line in (
-            (lambda answer: answer[::-1], "1: .*: the right sum, sent little-endian"),
-            (lambda answer: answer * 10**6, "1: .*: the right sum, sent again"),
-            (lambda answer: answer[:3], f"1: .* 3 of 4 .*{CLOSED}: perhaps it crashed"),
-            (lambda answer: answer[:0], f"1: .* 0 of 4 .*{CLOSED}: perhaps it crashed"),
-            (lambda answer: answer, f"2: .* {CLOSED} after 0 of 9 .*: use this same"),
-        ):
-            mathserver.PAUSE = 0.001
-            talking = self.talking(f"question {line}", stops=[4, 5])
-            with talking as (sock, served), contextlib.suppress(OSError):
-                answer = right(receive(sock))
-                mathserver.PAUSE = support.TIMEOUT  # so that the end comes first
-                sock.sendall(change(answer))
-                sock.shutdown(socket.SHUT_WR)
-                sock.recv(9)  # which waits for the server to close the connection
-            self.assertLess(len(b"".join(served.received)), 2 * mathserver.LIMIT)
+    def test_numbers_are_random_and_need_no_wrap(self):
+        self.converse(lab4.answer_questions)
+        questions = b"".join(self.served.sent)[:-9]
+        for numbers in zip(*struct.iter_unpack(">xII", questions)):
+            self.assertEqual(len(set(numbers)), len(numbers))
+            self.assertLess(max(numbers), 2**31)
 
-    @POSIX
-    def test_a_client_may_go_wrong_after_the_secret(self):
-        for act, words in (
-            (lambda sock: sock.setsockopt(*support.RESET), "reset the connection: "),
-            (lambda sock: sock.sendall(b"sum!"), "sent 73 75 6d 21: "),
-        ):
-            with self.talking("secret: ", f"secret: the client {words}") as (sock, _):
-                lab4.answer_questions(sock)
-                act(sock)
+    def test_a_client_may_be_gone_before_it_is_accepted(self):
+        with socket.socket() as sock:  # macOS may know no address then
+            conversation = mathserver.Conversation((sock, None), PHRASE)
+        self.assertEqual(conversation.name, "a client")
+
+    def test_a_client_that_does_not_receive_until_9_bytes_gets_no_secret(self):
+        def client(sock):
+            while (frame := receive_frame(sock))[:1] == b"Q":
+                sock.sendall(right(frame.ljust(9, b"\0")))
+            return frame[1:].decode() == PHRASE
+
+        mathserver.PAUSE = PAUSE
+        for receive_frame in WRONG_RECEIVERS:
+            with self.subTest(receive_frame):
+                # On a busy machine pieces may join, and one conversation be lucky.
+                self.assertFalse(all(self.converse(client)[0] for _ in range(3)))
+
+    def test_a_client_with_a_time_limit_of_a_second_gets_the_secret(self):
+        def client(sock):
+            sock.settimeout(1)
+            return lab4.answer_questions(sock)
+
+        mathserver.PAUSE = PAUSE
+        with mock.patch("random.randint", min):
+            self.assertEqual(self.converse(client)[0], PHRASE.encode())
+
+    def test_the_pause_in_a_frame_follows_the_last_answer(self):
+        def client(sock):
+            question = receive(sock)
+            time.sleep(0.2)
+            send(sock, right(question))
+
+        self.converse(client)
+        self.assertGreater(self.thread.pause, 0.42)  # which is 3 * 0.2, or a bit less
+        with mock.patch.object(mathserver, "LONGEST_PAUSE", 0.02):
+            self.converse(client)
+        self.assertEqual(self.thread.pause, 0.02)
+
+    def test_the_secret_comes_slowly(self):
+        self.converse(lab4.answer_questions)
+        self.assertGreater(self.thread.pause, 0.1)
+
+    def test_the_log_lets_a_client_print_its_error_first(self):
+        mathserver.TRACEBACK = TRACEBACK
+        start = time.monotonic()
+        self.converse(lambda _: None)
+        self.assertGreater(time.monotonic() - start, 0.25)
+
+
+# Runs mathserver.py with other times, which are the first argument, as JSON.
+SERVER = """
+import json, sys
+from tests import mathserver
+vars(mathserver).update(json.loads(sys.argv.pop(1)))
+mathserver.main()
+"""
+TIMES = {"PAUSE": 0.001, "SECRET_PAUSE": 0.001, "SILENCE": 20, "TRACEBACK": 0}
+WAIT = (*PYTHON, "-c", "import sys; sys.stdin.readline()")  # a command to serve
+LAB4 = (*PYTHON, "-c", "import lab4, sys; sys.argv.append(input()); lab4.main()")
 
 
 class ServerTest(unittest.TestCase):
+    maxDiff = None
+
     @contextlib.contextmanager
-    def starting(self, *command, change="", host="127.0.0.1"):
-        """Start mathserver.py after a change to it; yield its process and address."""
-        times = "server.LATE = server.PAUSE = 0.001\nserver.SILENCE = server.GRACE = 20"
-        code = f"import tests.mathserver as server\n{times}\n{change}\nserver.main()"
-        with started(*COMMAND, code, "--bind", host, "--port", 0, *command) as process:
-            listening = process.stderr.readline().decode()
-            self.assertIn(f": listening on {host} port ", listening)
-            yield process, (host, int(listening.split()[-1]))
+    def starting(self, *command, **times):
+        """Start mathserver.py with other times; yield its process and its address."""
+        changes = json.dumps({**TIMES, **times})
+        line = (*PYTHON, "-c", SERVER, changes, "--port", 0, *command)
+        with started(*line) as process:
+            first = process.stderr.readline().decode()
+            self.assertRegex(first, "^mathserver.py: listening on 127.0.0.1 port [1-9]")
+            yield process, ("127.0.0.1", int(first.split()[-1]))
 
-    def assert_ending(self, command, status, words):
-        """Serve a command, which may read the port from stdin; check how that ends."""
+    def serve(self, *command):
+        """Serve a command that reads the port from stdin."""
         with self.starting(*command) as (process, address):
-            stdout, stderr, ended = finish(process, b"%d\n" % address[1])
-        self.assertEqual(ended, status, stderr)
-        self.assertRegex(stdout.decode() + stderr, rf"\A{words}\Z")
-        return stdout
+            return finish(process, f"{address[1]}\n")
 
-    def test_it_serves_its_command_and_has_a_new_secret_each_time(self):
-        lab = (*COMMAND, LAB, *support.LAB4, "127.0.0.1")
-        secret = r"([!-~]{8})\n.*: secret: \1 for .* right answers\n"
-        first = self.assert_ending(lab, 0, secret)
-        self.assertNotEqual(self.assert_ending(("--", *lab), 0, secret), first)
+    def run_server(self, *arguments):
+        return run(*PYTHON, mathserver.__file__, *arguments)
+
+    def test_it_serves_its_command(self):
+        for separator in ((), ("--",)):
+            outcome = self.serve(*separator, *LAB4, "127.0.0.1")
+            self.assertRegex(outcome.stdout, r"\A[!-~]{8}\n\Z", outcome)
+            self.assertIn(f": secret: {outcome.stdout[:8]} for ", outcome.stderr)
+            self.assertEqual(outcome.status, 0, outcome)
+
+    def test_it_has_a_new_secret_each_time(self):
+        first, second = (self.serve(*LAB4, "127.0.0.1") for _ in range(2))
+        self.assertNotEqual(first.stdout, second.stdout)
 
     def test_it_ends_with_the_status_of_its_command(self):
-        for code, status in (
-            ("sys.exit(len(sys.argv) * 3)", 6),
-            ("os.kill(os.getpid(), 15)", 143 if os.name == "posix" else 15),
-            ("os._exit(-5)", 251 if os.name == "posix" else 2**32 - 5),
+        for code, posix, windows in (
+            ("sys.exit(len(sys.argv) * 3)", 6, 6),
+            ("os.kill(os.getpid(), 15)", 143, 15),
+            ("os._exit(-5)", 251, 255),
         ):
-            command = (*COMMAND, f"import os, sys; {code}", "--port")
-            self.assert_ending(command, status, r".*: nobody .* port \d+ over TCP .*\n")
-        self.assert_ending(("./nosuch",), 127, r"mathserver.py: .*'./nosuch'.*\n")
+            outcome = self.serve(*PYTHON, "-c", f"import os, sys; {code}", "--port")
+            status = posix if os.name == "posix" else windows
+            self.assertEqual(outcome.status, status, outcome)
 
-    def test_the_log_explains_after_the_traceback_in_the_order_of_connection(self):
-        lines = []
-        crash = (*COMMAND, "input(); nothing")
-        with self.starting(*crash, change="server.TRACEBACK = 9") as (process, address):
-            for _ in range(20):
-                with socket.create_connection(address) as sock:
-                    lines.append(f".* port {sock.getsockname()[1]}: question 1: .*\n")
-            stderr = finish(process, b"\n")[1]
-        self.assertRegex(stderr, rf"\ATraceback[^\0]*\nName.*\n{''.join(lines)}\Z")
+    def test_it_says_that_a_command_cannot_be_run(self):
+        for command, advice in (("nosuch", ""), ("no.py", ": write python3 before it")):
+            outcome = self.run_server("--port", 0, command)
+            line = rf": cannot run '{command}': [^:\n]+{advice}\n"
+            self.assertRegex(outcome.stderr, line)
+            self.assertEqual(outcome.status, 127, outcome)
 
-    def test_silence_is_told_once_and_what_has_come_back(self):
-        starting = self.starting(change="server.SILENCE = 0.05")
-        with starting as (process, address), contextlib.ExitStack() as stack:
-            line = b""
-            while b" sent 3 of 4 bytes back and has been silent" not in line:
-                # On a machine at its limits, the 3 bytes may come too late: try again.
-                sock = stack.enter_context(socket.create_connection(address))
-                answer = right(receive(sock))
-                sock.sendall(answer[:3])
-                line = process.stderr.readline()
-            sock.sendall(answer[3:])
-            self.assertEqual(receive(sock)[:1], b"Q")  # which is not told again
-            sock = stack.enter_context(socket.create_connection(address))
-            self.assertIn(b" %d: " % sock.getsockname()[1], process.stderr.readline())
+    def test_it_says_at_the_end_that_nobody_has_connected(self):
+        line = r"^.*: nobody has connected to port [1-9].*: check host and port .*\n$"
+        self.assertRegex(self.serve(*WAIT).stderr, line)
 
-    @POSIX
-    def test_it_says_when_threads_run_out(self):
-        starting = self.starting(change="server.threading.stack_size(2**60)")  # too big
-        with starting as (process, address), socket.create_connection(address) as sock:
-            self.assertEqual(sock.recv(1), b"")
-            process.kill()
-            self.assertRegex(finish(process)[1], r"\A.*: cannot serve a client: .*\n\Z")
+    def test_it_says_soon_that_nobody_has_connected(self):
+        with self.starting(*WAIT, SILENCE=0.1) as (process, _):
+            self.assertIn(b": nobody has connected ", process.stderr.readline())
+            self.assertEqual(finish(process), Outcome("", "", 0))
 
-    @POSIX
-    def test_it_says_when_files_run_out(self):
-        change = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (12, 12))"
-        with self.starting(*WAIT, change=change) as (process, address):
-            with contextlib.ExitStack() as stack:
-                for _ in range(20):
-                    stack.enter_context(socket.create_connection(address))
-                self.assertIn(b"client: [Errno 24] ", process.stderr.readline())
-            _, stderr, status = finish(process, b"\n")
-        self.assertEqual((stderr.count(" closed "), status), (20, 0), stderr)
-        self.assertLess(stderr.count(" cannot serve "), 20, stderr)
+    def test_in_a_terminal_of_its_own_it_waits_for_clients_in_silence(self):
+        with self.starting(SILENCE=0) as (process, address):
+            time.sleep(0.2)  # in which nothing should happen
+            socket.create_connection(address).close()
+            self.assertIn(b": question 1: ", process.stderr.readline())
+
+    def test_it_tells_once_that_a_client_is_silent(self):
+        starting = self.starting(SILENCE=0.05, LONGEST_PAUSE=0)
+        with starting as (process, address):
+            with socket.create_connection(address, TIMEOUT) as sock:
+                question = receive(sock)
+                silent = process.stderr.readline()
+                sock.sendall(right(question))
+                question = receive(sock)
+                time.sleep(0.1)  # in which nothing should happen
+                sock.sendall(right(question))
+            closed = process.stderr.readline()
+        self.assertIn(
+            b"question 1: the client has been silent for 0.05 s after ", silent
+        )
+        self.assertIn(b"question 3: the client closed its side ", closed)
+
+    @mock.patch.object(mathserver, "RETRY", 0.01)
+    def test_it_goes_on_when_files_or_threads_run_out(self):
+        def fail(conversation):
+            conversation.sock.close()
+            waiting.pop().close()
+            if not waiting:
+                process.stdin.close()  # which ends the command
+            raise error
+
+        failing = mock.patch.object(mathserver.Conversation, "start", fail)
+        for error in (OSError("no more files"), RuntimeError("no more threads")):
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                address = server.getsockname()
+                waiting = [socket.create_connection(address) for _ in range(2)]
+                with started(*WAIT) as process, failing, self.assertLogs() as log:
+                    mathserver.serve(server, process)
+            line = f"ERROR:root:cannot serve a client: {error}"
+            self.assertEqual(log.output, [line, line])
 
     @POSIX
     def test_a_signal_ends_it_at_once(self):
-        cases = itertools.product((signal.SIGINT, signal.SIGTERM), ((), WAIT))
-        for number, command in cases:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number, command in itertools.product(signals, ((), WAIT)):
             with self.starting(*command) as (process, _):
                 process.send_signal(number)
-                self.assertEqual(finish(process), (b"", "", -number), command)
-
-    def test_it_says_when_nobody_connects(self):
-        with self.starting(*WAIT, change="server.SILENCE = 0") as (process, address):
-            self.assertIn(b"port %d over TCP" % address[1], process.stderr.readline())
-            self.assertEqual(finish(process, b"\n"), (b"", "", 0))
+                self.assertEqual(finish(process), Outcome("", "", -number))
 
     def test_a_client_may_go_on_shortly_after_the_command(self):
-        serving = self.starting(*WAIT, change="server.PAUSE = 0.01")
-        with serving as (process, address), socket.create_connection(address) as sock:
+        starting = self.starting(*WAIT)
+        with starting as (process, address), socket.create_connection(address) as sock:
             process.stdin.close()  # which ends the command
             self.assertTrue(lab4.answer_questions(sock))
 
     def test_stalled_clients_hold_up_neither_another_client_nor_the_end(self):
-        serving = self.starting(*WAIT, change="server.GRACE = 0")
-        with serving as (process, address), contextlib.ExitStack() as stack:
+        starting = self.starting(*WAIT, GRACE=0)
+        with starting as (process, address), contextlib.ExitStack() as stack:
             for _ in range(100):
-                sock = stack.enter_context(socket.create_connection(address))
-            self.assertTrue(lab4.answer_questions(sock))
-            _, stderr, status = finish(process, b"\n")
-            self.assertEqual((stderr.count("\n"), status), (1, 0), stderr)
+                stack.enter_context(socket.create_connection(address))
+            with socket.create_connection(address, TIMEOUT) as sock:
+                self.assertTrue(lab4.answer_questions(sock))
+            self.assertEqual(finish(process).status, 0)
 
-    @IPV6
-    def test_it_may_listen_on_an_ipv6_address(self):
-        with self.starting(host="::1") as (_, address):
-            socket.create_connection(address).close()
+    def test_its_port_is_taken_while_it_runs(self):
+        with self.starting() as (_, (_, port)):
+            outcome = self.run_server("--port", port)
+            self.assertRegex(outcome.stderr, rf"\Amathserver.py: .*\b{port}\b.*\n\Z")
+            self.assertEqual(outcome.status, 1, outcome)
 
-    def test_its_port_is_taken_while_it_runs_and_free_once_it_ends(self):
-        with self.starting() as (_, address), socket.create_connection(address) as sock:
-            first = receive(sock)
-            sock.sendall(b"oops")
-            sock.recv(1)  # the server closes first, which leaves its port in TIME_WAIT
-            stdout, stderr, status = run(*SERVER, "--port", address[1])
-            self.assertRegex(stderr, rf"\Amathserver.py: .*\b{address[1]}\b.*\n\Z")
-            self.assertEqual((stdout, status), (b"", 1))
-        with started(*SERVER, "--port", address[1], *WAIT) as process:
-            self.assertIn(b" 127.0.0.1 port %d" % address[1], process.stderr.readline())
-            with socket.create_connection(address) as sock:
-                self.assertNotEqual(receive(sock, 7), first[:7])  # not seeded
-            self.assertEqual(finish(process, b"\n")[2], 0)
-
-    def test_its_options_are_few_and_checked(self):
-        for option in ("-h", "--bind=a..b", "--port=-1", "--port=65536", "--secret=1"):
-            stdout, stderr, status = run(*SERVER, option)
-            self.assertEqual(status, {"-h": 0, "--bind=a..b": 1}.get(option, 2), option)
-            self.assertEqual(b"(default: 8000)" in stdout, option == "-h")
-            self.assertEqual(stderr.count("mathserver.py: "), min(status, 1), stderr)
-
-
-if __name__ == "__main__":
-    unittest.main()
+    def test_its_options(self):
+        for option, status, words in (
+            ("--help", 0, "(default: 8000)"),
+            ("--bind=a..b", 1, "mathserver.py: cannot listen on a..b: "),
+            ("--port=-1", 2, "-1 is not from 0 to 65535"),
+            ("--port=65536", 2, "65536 is not from 0 to 65535"),
+        ):
+            outcome = self.run_server(option)
+            self.assertEqual(outcome.status, status, outcome)
+            self.assertIn(words, outcome.stdout + outcome.stderr)
