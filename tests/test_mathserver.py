@@ -169,11 +169,12 @@ WRONG_RECEIVERS = (
     receive_the_secret_once,
 )
 PAUSE = mathserver.PAUSE
+SECRET_PAUSE = mathserver.SECRET_PAUSE
 TRACEBACK = mathserver.TRACEBACK
 
 
 # A test may set other times, which are undone after it, too.
-@mock.patch.multiple(mathserver, PAUSE=0.001, TRACEBACK=0)
+@mock.patch.multiple(mathserver, PAUSE=0.001, SECRET_PAUSE=0.001, TRACEBACK=0)
 class ConversationTest(unittest.TestCase):
     maxDiff = None
 
@@ -240,6 +241,7 @@ class ConversationTest(unittest.TestCase):
             return frame[1:].decode() == PHRASE
 
         mathserver.PAUSE = PAUSE
+        mathserver.SECRET_PAUSE = SECRET_PAUSE
         for receive_frame in WRONG_RECEIVERS:
             with self.subTest(receive_frame):
                 # On a busy machine pieces may join, and one conversation be lucky.
@@ -267,6 +269,7 @@ class ConversationTest(unittest.TestCase):
         self.assertEqual(self.thread.pause, 0.02)
 
     def test_the_secret_comes_slowly(self):
+        mathserver.SECRET_PAUSE = SECRET_PAUSE
         self.converse(lab4.answer_questions)
         self.assertGreater(self.thread.pause, 0.1)
 
