@@ -20,10 +20,10 @@ def receive_frame(sock: socket.socket) -> bytes:
     """
     frame = b""
     while len(frame) < FRAME_SIZE:
-        piece = sock.recv(FRAME_SIZE - len(frame))  # only what this frame lacks
-        if not piece:  # recv returns b"" only when the server will send nothing more
-            count = f"{len(frame)} of a frame's {FRAME_SIZE} bytes"
-            raise EOFError(f"the server closed the connection after {count}")
+        piece = sock.recv(FRAME_SIZE - len(frame))  # never into the next frame
+        if not piece:  # recv returns b"" once the server has closed the connection
+            received = f"{len(frame)} of a frame's {FRAME_SIZE} bytes"
+            raise EOFError(f"the server closed the connection after {received}")
         frame += piece
     return frame
 
@@ -35,32 +35,33 @@ def answer_questions(sock: socket.socket) -> bytes:
     """
     while True:
         frame = receive_frame(sock)
-        tag = frame[:1]  # frame[0] would be a number: 83, not b"S"
+        tag = frame[:1]  # frame[0] would be the number 83, not b"S"
         payload = frame[1:]
         if tag == SECRET:
             return payload
         if tag != QUESTION:
             raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
-        sock.sendall(ANSWER.pack((first + second) % 2**32))  # a sum of 33 bits wraps
+        sock.sendall(ANSWER.pack((first + second) % 2**32))  # its lowest 32 bits
 
 
 def main() -> None:
-    """Print the secret phrase of the server named in argv, or exit and say why not."""
+    """Print the secret phrase of the server in argv, or exit and say why not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
     args = parser.parse_args()
-    if not 1 <= args.port <= 65535:  # some systems would take it modulo 65536
+    if not 1 <= args.port <= 65535:  # 73536 might connect to port 8000
         parser.error(f"argument port: {args.port} is not from 1 to 65535")
     try:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
+        # Without flush, the error of a full disk would come after this try.
         print(phrase.decode("utf-8", "backslashreplace"), flush=True)
     except (EOFError, OSError, ValueError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror  # "Connection refused" without its number
+            reason = error.strerror  # "Connection refused" without "[Errno 111]"
         server = f"{args.host!r} port {args.port}"
         sys.exit(f"lab4.py: cannot print the phrase from {server}: {reason}")
 
@@ -69,4 +70,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:  # Ctrl-C
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells report it

@@ -16,12 +16,11 @@ import time
 from subprocess import Popen
 from typing import Any, Iterator, List, Optional, Tuple
 
-PAUSE = 0.01  # seconds without a byte before each piece of a frame, and after an answer
-LONGEST_PAUSE = 3  # seconds at most before the second piece of a frame
+PAUSE = 0.01  # seconds before a piece of a frame, and after an answer
+LONGEST_PAUSE = 3  # seconds at most before the second piece, which follows the client
 SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
 SILENCE = 2.5  # seconds until the log says that no client, or no answer, has come
 TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
-RETRY = 1  # seconds until the server tries again when files or threads have run out
 GRACE = 3  # seconds at most that clients may go on after the command has ended
 NUMBERS = struct.Struct(">xII")  # the two numbers of a question, after its tag
 ANSWER = struct.Struct(">I")
@@ -44,7 +43,6 @@ class Conversation(threading.Thread):
         self.answer = b""  # what has come since that frame began
         self.sums: List[int] = []  # the right answers so far
         self.pause = PAUSE  # seconds before the second piece of the next frame
-        self.hinted = False  # true once the log has told of a silence
 
     def run(self) -> None:
         """Hold the conversation, and log the client's mistake, if it makes one."""
@@ -73,11 +71,10 @@ class Conversation(threading.Thread):
         logging.info("%s: %s; print just that", self.stage, right)
         self.pause = max(self.pause, SECRET_PAUSE)
         self.send(b"S" + self.secret.encode())
-        self.sock.shutdown(socket.SHUT_WR)
         with contextlib.suppress(EOFError, OSError):  # the client closes, as it should
             if late := self.receive(SILENCE):
-                line = f"the client sent {show(late)} after the secret: send nothing"
-                raise ValueError(f"{line} after a frame with frame[:1] == b'S'")
+                line = f"the client sent {show(late)} after the secret: end at a frame"
+                raise ValueError(f"{line} that begins with S (frame[:1] == b'S')")
 
     def ask(self) -> None:
         """Ask a question and check its answer; raise ValueError if that is wrong."""
@@ -91,18 +88,19 @@ class Conversation(threading.Thread):
         self.sums.append(first + second)
 
     def receive_answer(self) -> None:
-        """Receive 4 bytes, and what follows them; log it if the client is silent."""
+        """Receive 4 bytes, and what follows them; log once if the client is silent."""
         asked = time.monotonic()
+        limit: Optional[float] = SILENCE
         while len(self.answer) < 4:
-            piece = self.receive(None if self.hinted else SILENCE)
+            piece = self.receive(limit)
             if not piece:
-                self.hinted = True
+                limit = None
                 did = f"has been silent for {SILENCE} s"
                 line = explain_stop(did, self.sent, self.answer, self.sums)
                 logging.info("%s: %s", self.stage, line)
             elif not self.answer:
-                # A client that sleeps, instead of receiving until all is there, must
-                # fail: the next frame takes longer than it slept before this answer.
+                # If it sleeps, instead of receiving until all 9 bytes are there, the
+                # next frame takes longer than its sleep, so that it gets only a part.
                 slept = time.monotonic() - asked
                 self.pause = max(PAUSE, min(3 * slept, LONGEST_PAUSE))
             self.answer += piece
@@ -122,7 +120,7 @@ class Conversation(threading.Thread):
             self.sent = frame[:end]
 
     def receive(self, seconds: Optional[float]) -> bytes:
-        """Return what comes in time, or b""; raise EOFError at the end, or OSError."""
+        """Return what comes in time, perhaps b""; raise EOFError at the end."""
         self.sock.settimeout(seconds)
         try:
             data = self.sock.recv(1024)
@@ -148,19 +146,22 @@ def explain_stop(did: str, frame: bytes, answer: bytes, sums: List[int]) -> str:
 
     `frame` is what it was sent since its last answer: a whole frame, or its beginning.
     """
-    seen = f"{len(frame)} of 9 bytes"
-    advice = "call recv again until all 9 are there, however long it takes"
     if answer:
-        seen = f"sending {show(answer)}"
-        advice = "an answer has 4 bytes"
-    elif len(frame) == 9:
-        seen = show_numbers(frame)
-        advice = "perhaps it waits for more than 9 bytes, does not tell Q from S, "
-        advice += "stopped before S came, or did not send or flush its answer"
-    elif sums and not frame.startswith(b"S"):
+        return f"the client {did} after sending {show(answer)}: an answer has 4 bytes"
+    if len(frame) == 9:
+        return (
+            f"the client {did} after {show_numbers(frame)}: if it printed an error, "
+            "fix that; if not, perhaps it lost some of the 9 bytes or waits for more, "
+            "does not tell Q from S, stopped before S came, or did not send or flush "
+            "its answer"
+        )
+    advice = "call recv again until all 9 are there, however long it takes"
+    if sums and not frame.startswith(b"S"):
         advice = f"answer until S comes, all on this connection, and {advice}"
-    line = f"the client {did} after {seen}"
-    return f"{line}: if it printed an error, fix that; if not, {advice}"
+    return (
+        f"the client {did} after {len(frame)} of 9 bytes: {advice}; but if it printed "
+        "an error that is not about missing bytes, fix that"
+    )
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
@@ -225,7 +226,7 @@ def serve(server: socket.socket, process: "Optional[Popen[bytes]]") -> None:
     lonely = True  # until a client has connected, or the log has said that none has
     ended = False
     while not ended:
-        # This comes first: who connected before the end is accepted below.
+        # Ask first: a client that connected before the end is accepted below.
         ended = process is not None and process.poll() is not None
         try:
             while True:
@@ -236,7 +237,7 @@ def serve(server: socket.socket, process: "Optional[Popen[bytes]]") -> None:
         except (OSError, RuntimeError) as error:  # no more files or threads
             lonely = False
             logging.error("cannot serve a client: %s", error)
-            time.sleep(RETRY)
+            time.sleep(1)
         if lonely and (ended or time.monotonic() > start + SILENCE):
             lonely = False
             nobody = f"nobody has connected to port {server.getsockname()[1]} over TCP"
@@ -248,7 +249,7 @@ def serve(server: socket.socket, process: "Optional[Popen[bytes]]") -> None:
 
 
 def main() -> None:
-    """Serve as the command line says, and exit with the command's status."""
+    """Serve clients while the command runs, and exit with its status, or for ever."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults)
@@ -270,7 +271,9 @@ def main() -> None:
     try:
         process = Popen(args.command) if args.command else None
     except OSError as error:
-        advice = ": write python3 before it" if args.command[0].endswith(".py") else ""
+        advice = ""
+        if args.command[0].endswith(".py") and os.path.exists(args.command[0]):
+            advice = ": write python3 before it"
         logging.error("cannot run %r: %s%s", args.command[0], error.strerror, advice)
         sys.exit(127)
     serve(server, process)

@@ -82,7 +82,12 @@ def started(*command: Any, **options: Any) -> Iterator[Any]:
     options = {**pipes, "bufsize": 0, "env": ENVIRONMENT, "cwd": ROOT, **options}
     process: Any
     with subprocess.Popen(line, **options) as process:
-        watchdog = threading.Timer(TIMEOUT, process.kill)
+
+        def give_up() -> None:
+            process.kill()
+            process.stdin.close()  # so that the command of a server ends, too
+
+        watchdog = threading.Timer(TIMEOUT, give_up)
         watchdog.start()
         try:
             yield process

@@ -10,12 +10,21 @@ import socket
 import struct
 import time
 import unittest
+from typing import Any
 from unittest import mock
 
 import lab4
 from tests import mathserver, support
 from tests.support import POSIX, PYTHON, TIMEOUT, Outcome, finish, run, started
 
+TIMES: Any = {  # for most tests
+    "PAUSE": 0.001,
+    "LONGEST_PAUSE": 0.1,
+    "SECRET_PAUSE": 0.001,
+    "SILENCE": TIMEOUT,
+    "TRACEBACK": 0,
+}
+REAL_TIMES = {name: getattr(mathserver, name) for name in TIMES}
 PHRASE = "lO_2HEKb"
 SECRET_LINE = f"secret: {PHRASE} for 5 right answers; print just that"
 README = (support.ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,11 +44,7 @@ CAUSES = (  # wrong answers to QUESTION, and what is said to be the cause
     (b"\x36\xec\xc2\x63", "the numbers read as little-endian"),
     (b"\x63\xc2\xec\x36", "the numbers read as little-endian, but sent little-endian"),
     (b"\x00\x00\x03\x47", "single bytes added"),
-    (b"\xf8\x63\xc2\xec", f"bytes [0:4] + [4:8] {NUMBERS}"),
     (b"\x00\x63\xc2\xec", f"bytes [1:4] + [5:8] {NUMBERS}"),
-    (b"\xa7\x63\xc2\xec", f"bytes [1:4] + [4:8] {NUMBERS}"),
-    (b"\x38\xc2\xed\x36", f"bytes [1:5] + [6:9] {NUMBERS}"),
-    (b"\xb2\x8b\x19\xba", f"bytes [2:6] + [6:9] {NUMBERS}"),
     (b"\xb2\x8b\x19\xba\n", f"bytes [2:6] + [6:9] {NUMBERS}, in 5 bytes instead of 4"),
     (b"\xff\x03\x04\x05", "the sum of question 2"),
     (b"\x62\xc6\xf3\x3e", "all sums so far added up"),
@@ -51,17 +56,22 @@ NO_CAUSES = (  # other answers to QUESTION, and how they are shown
     (b"\xffhello", "6 bytes (ff 68 65 6c 6c 6f)"),
     (bytes(40), f"40 bytes ({bytes(32).hex(' ')} ...)"),
 )
-AGAIN = "call recv again until all 9 are there, however long it takes"
-UNTIL_S = "answer until S comes, all on this connection"
-WAITS = (
-    "perhaps it waits for more than 9 bytes, does not tell Q from S, stopped before S "
-    "came, or did not send or flush its answer"
-)
-STOPS = (  # a frame or a part, earlier sums, and what the log says
-    (QUESTION[:7], SUMS[:0], "7 of 9 bytes", AGAIN),
-    (QUESTION[:7], SUMS, "7 of 9 bytes", f"{UNTIL_S}, and {AGAIN}"),
-    (b"Sopen it", SUMS, "8 of 9 bytes", AGAIN),
-    (QUESTION, SUMS, ASKED, WAITS),
+STOPS = (  # what was sent, what came back, earlier sums, and words of the log
+    (
+        QUESTION[:7],
+        b"",
+        SUMS[:0],
+        " 7 of 9 bytes: call recv again until all 9 are there",
+    ),
+    (QUESTION[:7], b"", SUMS, " 7 of 9 bytes: answer until S comes, all on this "),
+    (b"Sopen it", b"", SUMS, " 8 of 9 bytes: call recv again until all 9 are there"),
+    (
+        QUESTION,
+        b"",
+        SUMS,
+        f" {ASKED}: if it printed an error, fix that; if not, perhaps ",
+    ),
+    (QUESTION, b"\x63\xc2", SUMS, " sending 63 c2: an answer has 4 bytes"),
 )
 
 
@@ -80,13 +90,12 @@ class ExplanationTest(unittest.TestCase):
             self.assertEqual(line, f"{EQUATION} {shown}")
 
     def test_a_client_that_stops_gets_advice(self):
-        for frame, sums, seen, advice in STOPS:
-            line = mathserver.explain_stop("slept", frame, b"", sums)
-            start = f"the client slept after {seen}: if it printed an error, fix that; "
-            self.assertEqual(line, f"{start}if not, {advice}")
+        for frame, answer, sums, words in STOPS:
+            line = mathserver.explain_stop("slept", frame, answer, sums)
+            self.assertIn(f"the client slept after{words}", line)
 
     def test_an_early_answer_to_an_earlier_question_is_recognized(self):
-        line = mathserver.explain_early(1, b"\xff\x03\x04\x05", SUMS)
+        line = mathserver.explain_early(1, b"\xff\x03\x04\x05\n", SUMS)
         self.assertIn("after only 1 of 9 bytes: the answer to question 2 again", line)
 
     def test_the_readme_shows_lines_of_the_log(self):
@@ -96,9 +105,9 @@ class ExplanationTest(unittest.TestCase):
         self.assertEqual(shown, [("", SECRET_LINE), (early, ""), (wrong, "")])
 
     def test_the_readme_has_the_times_of_the_server(self):
-        seconds = [int(number) for number in re.findall(r"(\d+) seconds", README)]
-        longest = mathserver.LONGEST_PAUSE
-        self.assertEqual(seconds, [round(longest + mathserver.SILENCE + 0.5), longest])
+        wait, late = map(int, re.findall(r"(\d+) seconds", README))
+        self.assertLess(mathserver.LONGEST_PAUSE + mathserver.SILENCE, wait)
+        self.assertEqual(mathserver.LONGEST_PAUSE, late)
 
 
 def right(question):
@@ -126,25 +135,27 @@ def answer_the_secret(sock):
     send(sock, b"sum!")
 
 
-CLOSED = "the client closed its side of the connection after"
+CLOSED = "the client closed .* after"
 MISTAKES = (  # a client, and the last line that the log has for it
-    (lambda sock: send(sock, b"hello"), "question 1: .* sent 'hello' after only "),
-    (socket.socket.close, rf"question 1: {CLOSED} \d of 9 bytes: "),
-    (support.reset, rf"question 1: {CLOSED} \d of 9 bytes: "),
     (receive, rf"question 1: {CLOSED} \d+ \+ "),
     (
         lambda sock: send(sock, right(receive(sock))[:3]),
-        f"question 1: {CLOSED} sending ",
+        f"question 1: {CLOSED} sending",
     ),
-    (
-        lambda sock: send(sock, right(receive(sock))),
-        f"question 2: {CLOSED} 0 of 9 bytes",
-    ),
+    (lambda sock: send(sock, right(receive(sock))), f"question 2: {CLOSED} "),
     (
         lambda sock: send(sock, right(receive(sock)) * 10**6),
         "question 1: .* and again: ",
     ),
     (answer_the_secret, "secret: the client sent 73 75 6d 21 after the secret: "),
+)
+INSIDE_A_FRAME = (  # what a client does there, and the line that the log has for it
+    (
+        lambda sock: send(sock, b"hello"),
+        "the client sent 'hello' after only [3-8] of 9 b",
+    ),
+    (socket.socket.close, f"{CLOSED} [3-8] of 9 bytes: "),
+    (support.reset, f"{CLOSED} [3-8] of 9 bytes: "),
 )
 
 
@@ -168,13 +179,10 @@ WRONG_RECEIVERS = (
     receive_three_times,
     receive_the_secret_once,
 )
-PAUSE = mathserver.PAUSE
-SECRET_PAUSE = mathserver.SECRET_PAUSE
-TRACEBACK = mathserver.TRACEBACK
 
 
 # A test may set other times, which are undone after it, too.
-@mock.patch.multiple(mathserver, PAUSE=0.001, SECRET_PAUSE=0.001, TRACEBACK=0)
+@mock.patch.multiple(mathserver, **TIMES)
 class ConversationTest(unittest.TestCase):
     maxDiff = None
 
@@ -212,11 +220,16 @@ class ConversationTest(unittest.TestCase):
                 self.assertRegex(lines[-1], rf"\A{start}")
                 self.assertEqual(len(lines), 1 + start.startswith("secret"))
 
-    def test_there_are_5_to_12_questions(self):
-        for pick, count in ((min, 5), (max, 12)):
-            with mock.patch("random.randint", pick):
-                self.converse(lab4.answer_questions)
-            self.assertEqual(len(self.thread.sums), count)
+    def test_each_mistake_inside_a_frame_is_explained(self):
+        mathserver.PAUSE = 0.05
+        for act, start in INSIDE_A_FRAME:
+
+            def client(sock, act=act):
+                receive(sock, 3)
+                act(sock)
+
+            (line,) = self.converse(client)[1]
+            self.assertRegex(line, rf"\Aquestion 1: {start}")
 
     def test_question_1_goes_byte_by_byte(self):
         self.converse(receive)
@@ -236,25 +249,18 @@ class ConversationTest(unittest.TestCase):
 
     def test_a_client_that_does_not_receive_until_9_bytes_gets_no_secret(self):
         def client(sock):
-            while (frame := receive_frame(sock))[:1] == b"Q":
-                sock.sendall(right(frame.ljust(9, b"\0")))
-            return frame[1:].decode() == PHRASE
+            frame = b""
+            with contextlib.suppress(OSError):  # the server may close before an answer
+                while (frame := receive_frame(sock))[:1] == b"Q":
+                    sock.sendall(right(frame.ljust(9, b"\0")))
+            return frame == b"S" + PHRASE.encode()
 
-        mathserver.PAUSE = PAUSE
-        mathserver.SECRET_PAUSE = SECRET_PAUSE
+        for name in ("PAUSE", "LONGEST_PAUSE", "SECRET_PAUSE"):
+            setattr(mathserver, name, REAL_TIMES[name])
         for receive_frame in WRONG_RECEIVERS:
             with self.subTest(receive_frame):
                 # On a busy machine pieces may join, and one conversation be lucky.
                 self.assertFalse(all(self.converse(client)[0] for _ in range(3)))
-
-    def test_a_client_with_a_time_limit_of_a_second_gets_the_secret(self):
-        def client(sock):
-            sock.settimeout(1)
-            return lab4.answer_questions(sock)
-
-        mathserver.PAUSE = PAUSE
-        with mock.patch("random.randint", min):
-            self.assertEqual(self.converse(client)[0], PHRASE.encode())
 
     def test_the_pause_in_a_frame_follows_the_last_answer(self):
         def client(sock):
@@ -263,18 +269,18 @@ class ConversationTest(unittest.TestCase):
             send(sock, right(question))
 
         self.converse(client)
-        self.assertGreater(self.thread.pause, 0.42)  # which is 3 * 0.2, or a bit less
-        with mock.patch.object(mathserver, "LONGEST_PAUSE", 0.02):
-            self.converse(client)
-        self.assertEqual(self.thread.pause, 0.02)
+        self.assertEqual(self.thread.pause, mathserver.LONGEST_PAUSE)
+        mathserver.LONGEST_PAUSE = 3
+        self.converse(client)
+        self.assertGreater(self.thread.pause, 0.3)
 
     def test_the_secret_comes_slowly(self):
-        mathserver.SECRET_PAUSE = SECRET_PAUSE
+        mathserver.SECRET_PAUSE = REAL_TIMES["SECRET_PAUSE"]
         self.converse(lab4.answer_questions)
         self.assertGreater(self.thread.pause, 0.1)
 
     def test_the_log_lets_a_client_print_its_error_first(self):
-        mathserver.TRACEBACK = TRACEBACK
+        mathserver.TRACEBACK = REAL_TIMES["TRACEBACK"]
         start = time.monotonic()
         self.converse(lambda _: None)
         self.assertGreater(time.monotonic() - start, 0.25)
@@ -287,7 +293,6 @@ from tests import mathserver
 vars(mathserver).update(json.loads(sys.argv.pop(1)))
 mathserver.main()
 """
-TIMES = {"PAUSE": 0.001, "SECRET_PAUSE": 0.001, "SILENCE": 20, "TRACEBACK": 0}
 WAIT = (*PYTHON, "-c", "import sys; sys.stdin.readline()")  # a command to serve
 LAB4 = (*PYTHON, "-c", "import lab4, sys; sys.argv.append(input()); lab4.main()")
 
@@ -317,33 +322,35 @@ class ServerTest(unittest.TestCase):
         for separator in ((), ("--",)):
             outcome = self.serve(*separator, *LAB4, "127.0.0.1")
             self.assertRegex(outcome.stdout, r"\A[!-~]{8}\n\Z", outcome)
-            self.assertIn(f": secret: {outcome.stdout[:8]} for ", outcome.stderr)
+            line = rf"\A.*: secret: {re.escape(outcome.stdout[:8])} for .*\n\Z"
+            self.assertRegex(outcome.stderr, line)
             self.assertEqual(outcome.status, 0, outcome)
-
-    def test_it_has_a_new_secret_each_time(self):
-        first, second = (self.serve(*LAB4, "127.0.0.1") for _ in range(2))
-        self.assertNotEqual(first.stdout, second.stdout)
 
     def test_it_ends_with_the_status_of_its_command(self):
         for code, posix, windows in (
-            ("sys.exit(len(sys.argv) * 3)", 6, 6),
+            ("sys.exit(3)", 3, 3),
             ("os.kill(os.getpid(), 15)", 143, 15),
             ("os._exit(-5)", 251, 255),
         ):
-            outcome = self.serve(*PYTHON, "-c", f"import os, sys; {code}", "--port")
+            outcome = self.serve(*PYTHON, "-c", f"import os, sys; {code}")
             status = posix if os.name == "posix" else windows
             self.assertEqual(outcome.status, status, outcome)
 
     def test_it_says_that_a_command_cannot_be_run(self):
-        for command, advice in (("nosuch", ""), ("no.py", ": write python3 before it")):
+        for command, advice in (
+            ("nosuch", ""),
+            ("nosuch.py", ""),
+            ("tests/support.py", ": write python3 before it"),
+        ):
             outcome = self.run_server("--port", 0, command)
             line = rf": cannot run '{command}': [^:\n]+{advice}\n"
             self.assertRegex(outcome.stderr, line)
             self.assertEqual(outcome.status, 127, outcome)
 
     def test_it_says_at_the_end_that_nobody_has_connected(self):
-        line = r"^.*: nobody has connected to port [1-9].*: check host and port .*\n$"
-        self.assertRegex(self.serve(*WAIT).stderr, line)
+        with self.starting(*WAIT) as (process, (_, port)):
+            line = rf"\A.*: nobody has connected to port {port} over TCP .*\n\Z"
+            self.assertRegex(finish(process).stderr, line)
 
     def test_it_says_soon_that_nobody_has_connected(self):
         with self.starting(*WAIT, SILENCE=0.1) as (process, _):
@@ -357,39 +364,32 @@ class ServerTest(unittest.TestCase):
             self.assertIn(b": question 1: ", process.stderr.readline())
 
     def test_it_tells_once_that_a_client_is_silent(self):
-        starting = self.starting(SILENCE=0.05, LONGEST_PAUSE=0)
-        with starting as (process, address):
+        with self.starting(SILENCE=0.05) as (process, address):
             with socket.create_connection(address, TIMEOUT) as sock:
-                question = receive(sock)
+                receive(sock)
                 silent = process.stderr.readline()
-                sock.sendall(right(question))
-                question = receive(sock)
-                time.sleep(0.1)  # in which nothing should happen
-                sock.sendall(right(question))
+                time.sleep(0.2)  # in which nothing should happen
             closed = process.stderr.readline()
         self.assertIn(
             b"question 1: the client has been silent for 0.05 s after ", silent
         )
-        self.assertIn(b"question 3: the client closed its side ", closed)
+        self.assertIn(b"question 1: the client closed its side ", closed)
 
-    @mock.patch.object(mathserver, "RETRY", 0.01)
-    def test_it_goes_on_when_files_or_threads_run_out(self):
+    def test_it_says_when_files_or_threads_run_out(self):
         def fail(conversation):
             conversation.sock.close()
-            waiting.pop().close()
-            if not waiting:
-                process.stdin.close()  # which ends the command
-            raise error
+            process.stdin.close()  # which ends the command
+            raise RuntimeError("can't start new thread")
 
         failing = mock.patch.object(mathserver.Conversation, "start", fail)
-        for error in (OSError("no more files"), RuntimeError("no more threads")):
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                address = server.getsockname()
-                waiting = [socket.create_connection(address) for _ in range(2)]
-                with started(*WAIT) as process, failing, self.assertLogs() as log:
-                    mathserver.serve(server, process)
-            line = f"ERROR:root:cannot serve a client: {error}"
-            self.assertEqual(log.output, [line, line])
+        with socket.create_server(("127.0.0.1", 0)) as server, started(
+            *WAIT
+        ) as process:
+            socket.create_connection(server.getsockname()).close()
+            with failing, self.assertLogs() as log:
+                mathserver.serve(server, process)
+        line = "ERROR:root:cannot serve a client: can't start new thread"
+        self.assertEqual(log.output, [line])
 
     @POSIX
     def test_a_signal_ends_it_at_once(self):
@@ -402,7 +402,8 @@ class ServerTest(unittest.TestCase):
     def test_a_client_may_go_on_shortly_after_the_command(self):
         starting = self.starting(*WAIT)
         with starting as (process, address), socket.create_connection(address) as sock:
-            process.stdin.close()  # which ends the command
+            process.stdin.close()
+            time.sleep(0.3)  # in which the command ends
             self.assertTrue(lab4.answer_questions(sock))
 
     def test_stalled_clients_hold_up_neither_another_client_nor_the_end(self):
