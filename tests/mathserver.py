@@ -237,7 +237,7 @@ def serve(server: socket.socket, process: "Optional[Popen[bytes]]") -> None:
         except (OSError, RuntimeError) as error:  # no more files or threads
             lonely = False
             logging.error("cannot serve a client: %s", error)
-            time.sleep(1)
+            time.sleep(0.5)
         if lonely and (ended or time.monotonic() > start + SILENCE):
             lonely = False
             nobody = f"nobody has connected to port {server.getsockname()[1]} over TCP"

@@ -17,13 +17,8 @@ import lab4
 from tests import mathserver, support
 from tests.support import POSIX, PYTHON, TIMEOUT, Outcome, finish, run, started
 
-TIMES: Any = {  # for most tests
-    "PAUSE": 0.001,
-    "LONGEST_PAUSE": 0.1,
-    "SECRET_PAUSE": 0.001,
-    "SILENCE": TIMEOUT,
-    "TRACEBACK": 0,
-}
+TIMES: Any = {"PAUSE": 0.001, "LONGEST_PAUSE": 0.1, "SECRET_PAUSE": 0.001}
+TIMES.update(SILENCE=TIMEOUT, TRACEBACK=0)  # for most tests
 REAL_TIMES = {name: getattr(mathserver, name) for name in TIMES}
 PHRASE = "lO_2HEKb"
 SECRET_LINE = f"secret: {PHRASE} for 5 right answers; print just that"
@@ -57,21 +52,11 @@ NO_CAUSES = (  # other answers to QUESTION, and how they are shown
     (bytes(40), f"40 bytes ({bytes(32).hex(' ')} ...)"),
 )
 STOPS = (  # what was sent, what came back, earlier sums, and words of the log
-    (
-        QUESTION[:7],
-        b"",
-        SUMS[:0],
-        " 7 of 9 bytes: call recv again until all 9 are there",
-    ),
-    (QUESTION[:7], b"", SUMS, " 7 of 9 bytes: answer until S comes, all on this "),
-    (b"Sopen it", b"", SUMS, " 8 of 9 bytes: call recv again until all 9 are there"),
-    (
-        QUESTION,
-        b"",
-        SUMS,
-        f" {ASKED}: if it printed an error, fix that; if not, perhaps ",
-    ),
-    (QUESTION, b"\x63\xc2", SUMS, " sending 63 c2: an answer has 4 bytes"),
+    (QUESTION[:7], b"", SUMS[:0], "7 of 9 bytes: call recv again until all 9 "),
+    (QUESTION[:7], b"", SUMS, "7 of 9 bytes: answer until S comes, all on this "),
+    (b"Sopen it", b"", SUMS, "8 of 9 bytes: call recv again until all 9 are "),
+    (QUESTION, b"", SUMS, f"{ASKED}: if it printed an error, fix that; if not, "),
+    (QUESTION, b"\x63\xc2", SUMS, "sending 63 c2: an answer has 4 bytes"),
 )
 
 
@@ -92,7 +77,7 @@ class ExplanationTest(unittest.TestCase):
     def test_a_client_that_stops_gets_advice(self):
         for frame, answer, sums, words in STOPS:
             line = mathserver.explain_stop("slept", frame, answer, sums)
-            self.assertIn(f"the client slept after{words}", line)
+            self.assertIn(f"the client slept after {words}", line)
 
     def test_an_early_answer_to_an_earlier_question_is_recognized(self):
         line = mathserver.explain_early(1, b"\xff\x03\x04\x05\n", SUMS)
@@ -138,22 +123,13 @@ def answer_the_secret(sock):
 CLOSED = "the client closed .* after"
 MISTAKES = (  # a client, and the last line that the log has for it
     (receive, rf"question 1: {CLOSED} \d+ \+ "),
-    (
-        lambda sock: send(sock, right(receive(sock))[:3]),
-        f"question 1: {CLOSED} sending",
-    ),
+    (lambda sock: send(sock, right(receive(sock))[:3]), "question 1: .* sending "),
     (lambda sock: send(sock, right(receive(sock))), f"question 2: {CLOSED} "),
-    (
-        lambda sock: send(sock, right(receive(sock)) * 10**6),
-        "question 1: .* and again: ",
-    ),
+    (lambda sock: send(sock, right(receive(sock)) * 10**6), "question 1: .* again: "),
     (answer_the_secret, "secret: the client sent 73 75 6d 21 after the secret: "),
 )
 INSIDE_A_FRAME = (  # what a client does there, and the line that the log has for it
-    (
-        lambda sock: send(sock, b"hello"),
-        "the client sent 'hello' after only [3-8] of 9 b",
-    ),
+    (lambda sock: send(sock, b"hello"), "the client sent 'hello' after only [3-8] "),
     (socket.socket.close, f"{CLOSED} [3-8] of 9 bytes: "),
     (support.reset, f"{CLOSED} [3-8] of 9 bytes: "),
 )
