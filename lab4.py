@@ -51,12 +51,12 @@ def main() -> None:
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
     args = parser.parse_args()
-    if not 1 <= args.port <= 65535:  # 73536 might connect to port 8000
+    if not 1 <= args.port <= 65535:  # some systems would use it modulo 65536
         parser.error(f"argument port: {args.port} is not from 1 to 65535")
     try:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
-        # Without flush, the error of a full disk would come after this try.
+        # Show bytes that are not UTF-8 as \x.., and meet a full disk here, not at exit.
         print(phrase.decode("utf-8", "backslashreplace"), flush=True)
     except (EOFError, OSError, ValueError) as error:
         reason = str(error)
@@ -70,4 +70,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:  # Ctrl-C
-        sys.exit(130)  # 128 + SIGINT, as shells report it
+        sys.exit(130)  # the status that shells report for it
