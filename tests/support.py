@@ -101,6 +101,8 @@ def started(*command: Any, **options: Any) -> Iterator[Any]:
 
 def finish(process: Any, stdin: str = "") -> Outcome:
     """Wait for the end of a process."""
+    if process.stdin.closed:
+        process.stdin = None  # which communicate expects then
     ends = process.communicate(stdin.encode())
     stdout, stderr = ((end or b"").decode().replace(os.linesep, "\n") for end in ends)
     return Outcome(stdout, stderr, process.returncode)

@@ -284,7 +284,11 @@ class ServerTest(unittest.TestCase):
         with started(*line) as process:
             first = process.stderr.readline().decode()
             self.assertRegex(first, "^mathserver.py: listening on 127.0.0.1 port [1-9]")
-            yield process, ("127.0.0.1", int(first.split()[-1]))
+            try:
+                yield process, ("127.0.0.1", int(first.split()[-1]))
+            except Exception as error:
+                process.kill()
+                raise AssertionError(f"the server left {finish(process)}") from error
 
     def serve(self, *command):
         """Serve a command that reads the port from stdin."""
