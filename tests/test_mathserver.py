@@ -184,6 +184,10 @@ class ConversationTest(unittest.TestCase):
         start = f"INFO:root:127.0.0.1 port {address[1]}: "
         return result, [line.replace(start, "", 1) for line in log.output]
 
+    def use_real_times(self):
+        for name, seconds in REAL_TIMES.items():
+            setattr(mathserver, name, seconds)
+
     @mock.patch("random.randint", min)
     def test_right_answers_get_the_secret(self):
         phrase, lines = self.converse(lab4.answer_questions)
@@ -231,12 +235,21 @@ class ConversationTest(unittest.TestCase):
                     sock.sendall(right(frame.ljust(9, b"\0")))
             return frame == b"S" + PHRASE.encode()
 
-        for name in ("PAUSE", "LONGEST_PAUSE", "SECRET_PAUSE"):
-            setattr(mathserver, name, REAL_TIMES[name])
+        self.use_real_times()
+        mathserver.TRACEBACK = 0
         for receive_frame in WRONG_RECEIVERS:
             with self.subTest(receive_frame):
                 # On a busy machine pieces may join, and one conversation be lucky.
                 self.assertFalse(all(self.converse(client)[0] for _ in range(3)))
+
+    @mock.patch("random.randint", min)
+    def test_a_client_with_a_time_limit_of_a_second_gets_the_secret(self):
+        def client(sock):
+            sock.settimeout(1)
+            return lab4.answer_questions(sock)
+
+        self.use_real_times()
+        self.assertEqual(self.converse(client)[0], PHRASE.encode())
 
     def test_the_pause_in_a_frame_follows_the_last_answer(self):
         def client(sock):
@@ -250,13 +263,14 @@ class ConversationTest(unittest.TestCase):
         self.converse(client)
         self.assertGreater(self.thread.pause, 0.3)
 
+    @mock.patch("random.randint", min)
     def test_the_secret_comes_slowly(self):
-        mathserver.SECRET_PAUSE = REAL_TIMES["SECRET_PAUSE"]
+        self.use_real_times()
         self.converse(lab4.answer_questions)
         self.assertGreater(self.thread.pause, 0.1)
 
     def test_the_log_lets_a_client_print_its_error_first(self):
-        mathserver.TRACEBACK = REAL_TIMES["TRACEBACK"]
+        self.use_real_times()
         start = time.monotonic()
         self.converse(lambda _: None)
         self.assertGreater(time.monotonic() - start, 0.25)
