@@ -265,7 +265,7 @@ class ConversationTest(unittest.TestCase):
 
     @mock.patch("random.randint", min)
     def test_the_secret_comes_slowly(self):
-        self.use_real_times()
+        mathserver.SECRET_PAUSE = REAL_TIMES["SECRET_PAUSE"]
         self.converse(lab4.answer_questions)
         self.assertGreater(self.thread.pause, 0.1)
 
@@ -397,7 +397,7 @@ class ServerTest(unittest.TestCase):
         starting = self.starting(*WAIT)
         with starting as (process, address), socket.create_connection(address) as sock:
             process.stdin.close()
-            time.sleep(0.3)  # in which the command ends
+            time.sleep(0.2)  # in which the command ends
             self.assertTrue(lab4.answer_questions(sock))
 
     def test_stalled_clients_hold_up_neither_another_client_nor_the_end(self):
