@@ -17,7 +17,7 @@ from subprocess import Popen
 from typing import Any, Iterator, List, Optional, Tuple
 
 PAUSE = 0.01  # seconds before a piece of a frame, and after an answer
-LONGEST_PAUSE = 3  # seconds at most before the second piece, which follows the client
+LONGEST_PAUSE = 3  # seconds at most before the second piece, which a slow answer delays
 SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
 SILENCE = 2.5  # seconds until the log says that no client, or no answer, has come
 TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
@@ -99,12 +99,14 @@ class Conversation(threading.Thread):
                 line = explain_stop(did, self.sent, self.answer, self.sums)
                 logging.info("%s: %s", self.stage, line)
             elif not self.answer:
-                # If it sleeps, instead of receiving until all 9 bytes are there, the
-                # next frame takes longer than its sleep, so that it gets only a part.
+                # A client that sleeps, instead of receiving until all is there, must
+                # fail: the next frame takes longer than it slept before this answer.
                 slept = time.monotonic() - asked
                 self.pause = max(PAUSE, min(3 * slept, LONGEST_PAUSE))
             self.answer += piece
-        with contextlib.suppress(EOFError, OSError):  # the next frame will meet them
+        with contextlib.suppress(
+            EOFError, OSError
+        ):  # they come again at the next frame
             self.answer += self.receive(PAUSE)
 
     def send(self, frame: bytes) -> None:

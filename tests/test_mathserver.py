@@ -1,6 +1,7 @@
 """Tests of mathserver.py: the words of its log, its conversations, the command."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -115,6 +116,13 @@ def send(sock, data):
         receive(sock)
 
 
+def answer_twice(sock):
+    answer = right(receive(sock))
+    sock.sendall(answer)
+    receive(sock, 1)
+    send(sock, answer)
+
+
 def answer_the_secret(sock):
     lab4.answer_questions(sock)
     send(sock, b"sum!")
@@ -126,6 +134,7 @@ MISTAKES = (  # a client, and the last line that the log has for it
     (lambda sock: send(sock, right(receive(sock))[:3]), "question 1: .* sending "),
     (lambda sock: send(sock, right(receive(sock))), f"question 2: {CLOSED} "),
     (lambda sock: send(sock, right(receive(sock)) * 10**6), "question 1: .* again: "),
+    (answer_twice, "question 2: .*(the answer to|the sum of) question 1"),
     (answer_the_secret, "secret: the client sent 73 75 6d 21 after the secret: "),
 )
 INSIDE_A_FRAME = (  # what a client does there, and the line that the log has for it
@@ -149,12 +158,12 @@ def receive_the_secret_once(sock):
     return tag + (sock.recv(8) if tag == b"S" else receive(sock, 8))
 
 
-WRONG_RECEIVERS = (
-    lambda sock: sock.recv(9),
-    lambda sock: receive(sock, 8),
-    receive_three_times,
-    receive_the_secret_once,
-)
+WRONG_RECEIVERS = {
+    "one recv": lambda sock: sock.recv(9),
+    "8 bytes": lambda sock: receive(sock, 8),
+    "a sleep and three recv": receive_three_times,
+    "one recv for the secret": receive_the_secret_once,
+}
 
 
 # A test may set other times, which are undone after it, too.
@@ -228,7 +237,7 @@ class ConversationTest(unittest.TestCase):
         self.assertEqual(conversation.name, "a client")
 
     def test_a_client_that_does_not_receive_until_9_bytes_gets_no_secret(self):
-        def client(sock):
+        def client(sock, receive_frame):
             frame = b""
             with contextlib.suppress(OSError):  # the server may close before an answer
                 while (frame := receive_frame(sock))[:1] == b"Q":
@@ -237,10 +246,11 @@ class ConversationTest(unittest.TestCase):
 
         self.use_real_times()
         mathserver.TRACEBACK = 0
-        for receive_frame in WRONG_RECEIVERS:
-            with self.subTest(receive_frame):
+        for name, receive_frame in WRONG_RECEIVERS.items():
+            wrong = functools.partial(client, receive_frame=receive_frame)
+            with self.subTest(name):
                 # On a busy machine pieces may join, and one conversation be lucky.
-                self.assertFalse(all(self.converse(client)[0] for _ in range(3)))
+                self.assertFalse(all(self.converse(wrong)[0] for _ in range(3)))
 
     @mock.patch("random.randint", min)
     def test_a_client_with_a_time_limit_of_a_second_gets_the_secret(self):
@@ -313,12 +323,15 @@ class ServerTest(unittest.TestCase):
         return run(*PYTHON, mathserver.__file__, *arguments)
 
     def test_it_serves_its_command(self):
-        for separator in ((), ("--",)):
-            outcome = self.serve(*separator, *LAB4, "127.0.0.1")
-            self.assertRegex(outcome.stdout, r"\A[!-~]{8}\n\Z", outcome)
-            line = rf"\A.*: secret: {re.escape(outcome.stdout[:8])} for .*\n\Z"
-            self.assertRegex(outcome.stderr, line)
-            self.assertEqual(outcome.status, 0, outcome)
+        outcome = self.serve(*LAB4, "127.0.0.1")
+        self.assertRegex(outcome.stdout, r"\A[!-~]{8}\n\Z", outcome)
+        line = rf"\A.*: secret: {re.escape(outcome.stdout[:8])} for .*\n\Z"
+        self.assertRegex(outcome.stderr, line)
+        self.assertEqual(outcome.status, 0, outcome)
+
+    def test_dashes_may_stand_before_the_command(self):
+        outcome = self.serve("--", *WAIT)
+        self.assertEqual(outcome.status, 0, outcome)
 
     def test_it_ends_with_the_status_of_its_command(self):
         for code, posix, windows in (
@@ -364,26 +377,25 @@ class ServerTest(unittest.TestCase):
                 silent = process.stderr.readline()
                 time.sleep(0.2)  # in which nothing should happen
             closed = process.stderr.readline()
-        self.assertIn(
-            b"question 1: the client has been silent for 0.05 s after ", silent
-        )
+        self.assertIn(b"question 1: the client has been silent for 0.05 s ", silent)
         self.assertIn(b"question 1: the client closed its side ", closed)
 
-    def test_it_says_when_files_or_threads_run_out(self):
+    @mock.patch("time.sleep")
+    def test_it_says_when_files_or_threads_run_out_and_waits(self, sleep):
         def fail(conversation):
             conversation.sock.close()
             process.stdin.close()  # which ends the command
-            raise RuntimeError("can't start new thread")
+            raise error
 
         failing = mock.patch.object(mathserver.Conversation, "start", fail)
-        with socket.create_server(("127.0.0.1", 0)) as server, started(
-            *WAIT
-        ) as process:
-            socket.create_connection(server.getsockname()).close()
-            with failing, self.assertLogs() as log:
-                mathserver.serve(server, process)
-        line = "ERROR:root:cannot serve a client: can't start new thread"
-        self.assertEqual(log.output, [line])
+        for error in (OSError("no more files"), RuntimeError("no more threads")):
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                socket.create_connection(server.getsockname()).close()
+                with started(*WAIT) as process, failing, self.assertLogs() as log:
+                    mathserver.serve(server, process)
+            self.assertEqual(log.output, [f"ERROR:root:cannot serve a client: {error}"])
+            self.assertGreater(sleep.call_args[0][0], 0)
+            sleep.reset_mock()
 
     @POSIX
     def test_a_signal_ends_it_at_once(self):
