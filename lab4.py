@@ -7,8 +7,8 @@ import struct
 import sys
 
 FRAME_SIZE = 9  # the server sends frames: a tag of 1 byte, then a payload of 8
-QUESTION = b"Q"  # the tag of a question
-SECRET = b"S"  # the tag of the secret phrase
+QUESTION = b"Q"
+SECRET = b"S"
 OPERANDS = struct.Struct(">II")  # ">" is big-endian, "I" an unsigned 32-bit integer
 ANSWER = struct.Struct(">I")  # the client sends these 4 bytes, without a tag
 
@@ -22,8 +22,7 @@ def receive_frame(sock: socket.socket) -> bytes:
     while len(frame) < FRAME_SIZE:
         piece = sock.recv(FRAME_SIZE - len(frame))  # never into the next frame
         if not piece:  # recv returns b"" once the server has closed the connection
-            received = f"{len(frame)} of a frame's {FRAME_SIZE} bytes"
-            raise EOFError(f"the server closed the connection after {received}")
+            raise EOFError(f"the stream ended after {len(frame)} of {FRAME_SIZE} bytes")
         frame += piece
     return frame
 
@@ -42,7 +41,8 @@ def answer_questions(sock: socket.socket) -> bytes:
         if tag != QUESTION:
             raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
-        sock.sendall(ANSWER.pack((first + second) % 2**32))  # its lowest 32 bits
+        total = (first + second) % 2**32  # a sum may have 33 bits, an answer has 32
+        sock.sendall(ANSWER.pack(total))
 
 
 def main() -> None:
@@ -56,14 +56,11 @@ def main() -> None:
     try:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
-        # Show bytes that are not UTF-8 as \x.., and meet a full disk here, not at exit.
-        print(phrase.decode("utf-8", "backslashreplace"), flush=True)
+        text = phrase.decode("utf-8", "backslashreplace")  # \x.. where it is not UTF-8
+        print(text, flush=True)  # if the disk is full, fail here and not at exit
     except (EOFError, OSError, ValueError) as error:
-        reason = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror  # "Connection refused" without "[Errno 111]"
         server = f"{args.host!r} port {args.port}"
-        sys.exit(f"lab4.py: cannot print the phrase from {server}: {reason}")
+        sys.exit(f"lab4.py: cannot print the phrase from {server}: {error}")
 
 
 if __name__ == "__main__":
