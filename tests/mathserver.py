@@ -13,124 +13,142 @@ import struct
 import sys
 import threading
 import time
-from subprocess import Popen
-from typing import Any, Iterator, List, Optional, Tuple
+from subprocess import PIPE, Popen, TimeoutExpired
+from typing import IO, Iterator, List, Optional, Tuple
 
 PAUSE = 0.01  # seconds before a piece of a frame, and after an answer
 LONGEST_PAUSE = 3  # seconds at most before the second piece, which a slow answer delays
 SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
-SILENCE = 2.5  # seconds until the log says that no client, or no answer, has come
+SILENCE = 2.5  # seconds until the log says that a client does nothing
 TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
 GRACE = 3  # seconds at most that clients may go on after the command has ended
 NUMBERS = struct.Struct(">xII")  # the two numbers of a question, after its tag
 ANSWER = struct.Struct(">I")
+# Some clients are wrong only if a frame has certain bytes. These questions have them.
+SPECIAL_QUESTIONS = {
+    2: b"QQS\r\nS\0 \n",  # both tags, line ends, and all of it text
+    3: b"Q\x00\x00\x00\x03\x00\x00\x01\x00",  # a zero byte at the end, a small sum
+    4: b"Q\xff\xff\xff\xfe\x00\x00\x00\x01",  # the largest sum
+    5: b"QSecrSecr",  # letters alone, equal numbers
+    6: b"Q\x00\x00\x00\x00\x00\x00\x00\x0a",  # zero, a line end in the sum
+}
+PHRASE = "SQ" + secrets.token_hex(3)  # 8 letters and digits, the tags among them
 # Bytes that clients add instead of [1:5] + [5:9].
-WRONG_SLICES = ((0, 4, 4, 8), (1, 4, 5, 8), (1, 4, 4, 8), (1, 5, 6, 9), (2, 6, 6, 9))
-TEXT = re.compile(rb"\d+|\0*[\s!-~]{5,}\0*")  # fewer letters may be chance
+WRONG_SLICES = (((0, 4), (4, 8)), ((0, 4), (5, 9)), ((1, 4), (5, 8)))
+TEXT = re.compile(rb"\d{4,}|[\s!-~]{5,}")  # shorter text may be chance
+
+
+class ClientError(Exception):
+    """What a client did wrong."""
 
 
 class Conversation(threading.Thread):
     """One client's questions and answers, and the secret phrase if all are right."""
 
-    def __init__(self, client: Tuple[socket.socket, Any], secret: str) -> None:
-        self.sock, address = client
-        # macOS may know no address of a client that is already gone.
-        name = "%s port %s" % address[:2] if address else "a client"
+    def __init__(self, name: str, sock: socket.socket) -> None:
         super().__init__(name=name, daemon=True)
-        self.secret = secret
-        self.stage = name  # what the log calls this point of the conversation
+        self.sock = sock
         self.sent = b""  # the part of the current frame that has been sent
-        self.answer = b""  # what has come since that frame began
         self.sums: List[int] = []  # the right answers so far
         self.pause = PAUSE  # seconds before the second piece of the next frame
+        self.has_secret = False
+        self.has_mistake = False
 
     def run(self) -> None:
         """Hold the conversation, and log the client's mistake, if it makes one."""
         try:
             with self.sock:
                 self.converse()
-            return
-        except ValueError as error:
-            mistake = str(error)
+        except ClientError as error:
+            self.log_mistake(str(error))
         except (EOFError, OSError):
-            did = "closed its side of the connection"
-            mistake = explain_stop(did, self.sent, self.answer, self.sums)
+            self.log_mistake(explain_end(self.sent))
+
+    def log_mistake(self, mistake: str) -> None:
+        """Log a mistake, but let the client print its own error first."""
+        self.has_mistake = True
         time.sleep(TRACEBACK)
-        logging.info("%s: %s", self.stage, mistake)
+        stage = "secret" if self.has_secret else f"question {len(self.sums) + 1}"
+        logging.info("%s: %s: %s", self.name, stage, mistake)
 
     def converse(self) -> None:
-        """Ask questions and send the secret; raise ValueError for a mistake."""
+        """Ask questions and send the secret; raise ClientError, EOFError or OSError."""
         # Otherwise the kernel may join the pieces of a frame.
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        count = random.randint(5, 12)
+        count = random.randint(7, 12)
         for number in range(1, count + 1):
-            self.stage = f"{self.name}: question {number}"
-            self.ask()
-        self.stage = f"{self.name}: secret"
-        right = f"{self.secret} for {count} right answers"
-        logging.info("%s: %s; print just that", self.stage, right)
+            self.ask(SPECIAL_QUESTIONS.get(number) or make_question())
+        right = f"{PHRASE} for {count} right answers"
+        logging.info("%s: secret: %s; print just that", self.name, right)
+        self.has_secret = True
         self.pause = max(self.pause, SECRET_PAUSE)
-        self.send(b"S" + self.secret.encode())
-        with contextlib.suppress(EOFError, OSError):  # the client closes, as it should
-            if late := self.receive(SILENCE):
-                line = f"the client sent {show(late)} after the secret: end at a frame"
-                raise ValueError(f"{line} that begins with S (frame[:1] == b'S')")
+        self.send(b"S" + PHRASE.encode())
+        late = self.receive_within(SILENCE)
+        if late is None:
+            raise ClientError(f"the client has not closed {SILENCE} s after the secret")
+        if late:
+            line = f"the client sent {show(late)} after the secret"
+            raise ClientError(f"{line}: end at a frame with frame[:1] == b'S'")
 
-    def ask(self) -> None:
-        """Ask a question and check its answer; raise ValueError if that is wrong."""
-        # The lab converts a sum into 4 bytes, so a question never needs to wrap.
-        first = random.randrange(2**31)
-        second = random.randrange(2**31)
-        self.send(b"Q" + struct.pack(">II", first, second))
-        self.receive_answer()
-        if self.answer != ANSWER.pack(first + second):
-            raise ValueError(explain_answer(self.sent, self.answer, self.sums))
-        self.sums.append(first + second)
+    def ask(self, question: bytes) -> None:
+        """Ask a question and check its answer; raise what converse raises."""
+        self.send(question)
+        answer = self.receive_answer()
+        total = sum(NUMBERS.unpack(question))
+        if answer != ANSWER.pack(total):
+            raise ClientError(explain_answer(question, answer, self.sums))
+        self.sums.append(total)
 
-    def receive_answer(self) -> None:
-        """Receive 4 bytes, and what follows them; log once if the client is silent."""
+    def receive_answer(self) -> bytes:
+        """Return an answer, and what follows it; fewer bytes if no more come."""
         asked = time.monotonic()
-        limit: Optional[float] = SILENCE
-        while len(self.answer) < 4:
-            piece = self.receive(limit)
-            if not piece:
-                limit = None
-                did = f"has been silent for {SILENCE} s"
-                line = explain_stop(did, self.sent, self.answer, self.sums)
-                logging.info("%s: %s", self.stage, line)
-            elif not self.answer:
-                # A client that sleeps, instead of receiving until all is there, must
-                # fail: the next frame takes longer than it slept before this answer.
-                slept = time.monotonic() - asked
-                self.pause = max(PAUSE, min(3 * slept, LONGEST_PAUSE))
-            self.answer += piece
-        with contextlib.suppress(
-            EOFError, OSError
-        ):  # they come again at the next frame
-            self.answer += self.receive(PAUSE)
+        answer = self.receive_within(SILENCE)
+        if answer is None:
+            self.log_mistake(explain_silence(self.sent))
+            answer = self.receive_within(None)
+        if not answer:
+            raise EOFError
+        # A client that sleeps, instead of receiving until all is there, should fail:
+        # the next frame takes longer than it slept before this answer.
+        slept = time.monotonic() - asked
+        self.pause = max(PAUSE, min(3 * slept, LONGEST_PAUSE))
+        while len(answer) < 4 and (more := self.receive_within(SILENCE)):
+            answer += more
+        return answer + (self.receive_within(PAUSE) or b"")
 
     def send(self, frame: bytes) -> None:
-        """Send a frame in pieces; raise ValueError if anything comes before its end."""
-        self.sent = self.answer = b""
-        cuts = sorted(random.sample(range(1, 9), random.randint(3, 5)))
-        if not self.sums:
+        """Send a frame in pieces, between which nothing may come."""
+        self.sent = b""
+        if self.sums:
+            cuts = sorted(random.sample(range(1, 9), random.randint(3, 5)))
+        else:
             cuts = list(range(1, 9))  # question 1 goes byte by byte
         for start, end in zip([0, *cuts], [*cuts, 9]):
-            if early := self.receive(self.pause if start == cuts[0] else PAUSE):
-                raise ValueError(explain_early(start, early, self.sums))
+            pause = self.pause if start == cuts[0] else PAUSE
+            early = self.receive_within(pause)
+            if early:
+                raise ClientError(explain_early(start, early, self.sums))
+            if early is not None:
+                raise EOFError
             self.sock.sendall(frame[start:end])
             self.sent = frame[:end]
 
-    def receive(self, seconds: Optional[float]) -> bytes:
-        """Return what comes in time, perhaps b""; raise EOFError at the end."""
+    def receive_within(self, seconds: Optional[float]) -> Optional[bytes]:
+        """Return what comes in time, b"" at the end; None if nothing comes."""
         self.sock.settimeout(seconds)
         try:
-            data = self.sock.recv(1024)
+            return self.sock.recv(1024)
         except socket.timeout:
+            return None
+        except ConnectionError:  # a reset is an end, too
             return b""
-        if not data:
-            raise EOFError
-        return data
+
+
+def make_question() -> bytes:
+    """Return a question with random numbers, whose sum fits into 4 bytes."""
+    first = random.randrange(2**32)
+    second = random.randrange(2**32 - first)
+    return b"Q" + struct.pack(">II", first, second)
 
 
 def explain_early(count: int, early: bytes, sums: List[int]) -> str:
@@ -140,54 +158,65 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
         if early[:4] == ANSWER.pack(total):
             again = f"the answer to question {number} again"
             return f"{line}: {again}, perhaps because the question is still in a buffer"
+    if count == 0 or len(early) < 4:
+        return f"{line}: send just 4 bytes, and only as an answer"
     return f"{line}: call recv until all 9 are there, and then send just 4 bytes"
 
 
-def explain_stop(did: str, frame: bytes, answer: bytes, sums: List[int]) -> str:
-    """Return what is known of a client that `did` this instead of going on.
+def explain_silence(question: bytes) -> str:
+    """Return what is known of a client that has a question and does nothing."""
+    return (
+        f"the client has been silent for {SILENCE} s after all 9 bytes of "
+        f"{show_numbers(question)}: perhaps it waits for more, lost some of them, does "
+        "not know Q, hides an error, or has not sent or flushed its answer"
+    )
 
-    `frame` is what it was sent since its last answer: a whole frame, or its beginning.
-    """
-    if answer:
-        return f"the client {did} after sending {show(answer)}: an answer has 4 bytes"
+
+def explain_end(frame: bytes) -> str:
+    """Return what is known of a client that closed after `frame`, whole or in part."""
+    line = "the client closed its side of the connection after"
     if len(frame) == 9:
         return (
-            f"the client {did} after {show_numbers(frame)}: if it printed an error, "
-            "fix that; if not, perhaps it lost some of the 9 bytes or waits for more, "
-            "does not tell Q from S, stopped before S came, or did not send or flush "
-            "its answer"
+            f"{line} all 9 bytes of {show_numbers(frame)}: if it printed an error, fix "
+            "that; if none, or one about decoding, perhaps it took the question for "
+            "the secret: go on until frame[:1] == b'S'"
         )
-    advice = "call recv again until all 9 are there, however long it takes"
-    if sums and not frame.startswith(b"S"):
-        advice = f"answer until S comes, all on this connection, and {advice}"
     return (
-        f"the client {did} after {len(frame)} of 9 bytes: {advice}; but if it printed "
-        "an error that is not about missing bytes, fix that"
+        f"{line} {len(frame)} of 9 bytes: call recv until all 9 are there, for each "
+        "frame until S comes; but if it printed an error that is not about missing "
+        "bytes, fix that"
     )
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
-    """Return what is wrong with a wrong answer, which has at least 4 bytes."""
+    """Return what is wrong with a wrong answer of 1 byte or more."""
     total = sum(NUMBERS.unpack(question))
-    right = f"{total} ({ANSWER.pack(total).hex(' ')})"
-    came = ANSWER.unpack(answer)[0] if len(answer) == 4 else f"{len(answer)} bytes"
-    line = f"{show_numbers(question)} is {right}, not {came} ({show(answer)})"
+    right = f"{total} ({show(ANSWER.pack(total))})"
+    came = show(answer)
+    if len(answer) == 4:
+        came = f"{ANSWER.unpack(answer)[0]} ({came})"
     cause = find_cause(question, answer, sums)
-    return f"{cause}: {line}" if cause else line
+    return f"{cause}: {show_numbers(question)} is {right}, not {came}"
 
 
 def find_cause(question: bytes, answer: bytes, sums: List[int]) -> str:
-    """Return the mistake that leads to such an answer, or "" if none is known."""
+    """Return the mistake that leads to such an answer, as far as it is known."""
+    if len(answer) < 4:
+        return "too few bytes"
+    if len(answer) > 4 and not any(answer):
+        return "only zeros, as bytes(n) makes them"
+    if question[1:] in answer:
+        return "the numbers themselves, not their sum"
+    size = f", in {len(answer)} bytes instead of 4" if len(answer) > 4 else ""
     for value, cause in likely_sums(question, sums):
         big = ANSWER.pack(value % 2**32)
-        for four, order in ((big, ""), (big[::-1], ", but sent little-endian")):
-            if answer == four:
-                return f"{cause}{order}"
+        for four, order in ((big, ""), (big[::-1], ", sent as little-endian")):
             if answer.count(four) > 1:
-                return f"{cause}{order}, sent again and again"
+                size = ", more than once: send it once, and empty the buffer after it"
             if four in answer:
-                return f"{cause}{order}, in {len(answer)} bytes instead of 4"
-    return "sent as text, not as a 4-byte integer" if TEXT.fullmatch(answer) else ""
+                return f"{cause}{order}{size}"
+    text = "sent as text, not as a 4-byte integer"
+    return text if TEXT.fullmatch(answer) else "a wrong answer"
 
 
 def likely_sums(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
@@ -198,56 +227,83 @@ def likely_sums(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
     yield second, "only the second number"
     yield sum(struct.unpack("<xII", question)), "the numbers read as little-endian"
     yield sum(question[1:]), "single bytes added"
-    for i, j, k, n in WRONG_SLICES:
+    for (i, j), (k, n) in WRONG_SLICES:
         added = int.from_bytes(question[i:j], "big")
         added += int.from_bytes(question[k:n], "big")
         yield added, f"bytes [{i}:{j}] + [{k}:{n}] (the numbers are [1:5] and [5:9])"
     for number, earlier in enumerate(sums, 1):
-        yield earlier, f"the sum of question {number}"
+        yield earlier, f"the sum of question {number}, perhaps still in a buffer"
     yield sum(sums) + first + second, "all sums so far added up"
 
 
+def explain_output(printed: bytes, count: int) -> str:
+    """Return what is wrong with the stdout of `count` clients that got the secret."""
+    if not count or printed.splitlines() == [PHRASE.encode()] * count:
+        return ""
+    start = printed[:60].decode(errors="backslashreplace")
+    more = " ..." if len(printed) > 60 else ""
+    return f"the client printed {start!r}{more}, not just the phrase"
+
+
 def show(data: bytes) -> str:
-    """Return text in quotes, and all else in hexadecimal; "..." if there is more."""
-    start = data[:32]
-    shown = repr(start.decode()) if TEXT.fullmatch(data) else start.hex(" ")
-    return shown if start == data else f"{shown} ..."
+    """Return bytes in hexadecimal, and "..." if there are more than 32."""
+    more = " ..." if len(data) > 32 else ""
+    return data[:32].hex(" ") + more
 
 
 def show_numbers(question: bytes) -> str:
     """Return the two numbers of a question, and its bytes."""
     first, second = NUMBERS.unpack(question)
-    return f"{first} + {second} ({question.hex(' ')})"
+    return f"{first} + {second} ({show(question)})"
 
 
-def serve(server: socket.socket, process: "Optional[Popen[bytes]]") -> None:
-    """Hold a conversation with each client until `process` ends; for ever if None."""
-    secret = secrets.token_urlsafe(6)  # 8 characters
-    server.settimeout(0.05 if process else None)  # how often to look at the process
-    start = time.monotonic()
-    lonely = True  # until a client has connected, or the log has said that none has
-    ended = False
-    while not ended:
-        # Ask first: a client that connected before the end is accepted below.
-        ended = process is not None and process.poll() is not None
-        try:
-            while True:
-                Conversation(server.accept(), secret).start()
-                lonely = False
-        except socket.timeout:
-            pass
-        except (OSError, RuntimeError) as error:  # no more files or threads
-            lonely = False
-            logging.error("cannot serve a client: %s", error)
-            time.sleep(0.5)
-        if lonely and (ended or time.monotonic() > start + SILENCE):
-            lonely = False
-            nobody = f"nobody has connected to port {server.getsockname()[1]} over TCP"
-            logging.info("%s so far: check host and port in the client", nobody)
+def serve(server: socket.socket, conversations: List[Conversation]) -> None:
+    """Hold a conversation with each client that connects, for ever."""
+    while True:
+        sock = server.accept()[0]
+        conversation = Conversation(f"client {len(conversations) + 1}", sock)
+        conversation.start()
+        conversations.append(conversation)  # only now, since run joins what it finds
+
+
+def run(process: "Popen[bytes]", server: socket.socket) -> int:
+    """Serve clients while a command runs; return its status, or 1 after a mistake."""
+    conversations: List[Conversation] = []
+    printed = bytearray()
+    serving = threading.Thread(target=serve, args=(server, conversations), daemon=True)
+    copying = threading.Thread(target=copy, args=(process.stdout, printed), daemon=True)
+    serving.start()
+    copying.start()
+    with contextlib.suppress(TimeoutExpired):
+        process.wait(SILENCE)
+    if not conversations:
+        time.sleep(TRACEBACK)  # a client that has ended may not have been accepted yet
+    if not conversations:
+        logging.info("nobody has connected: check host, port and TCP (SOCK_STREAM)")
+    process.wait()
     deadline = time.monotonic() + GRACE
-    for thread in threading.enumerate():
-        if isinstance(thread, Conversation):
-            thread.join(max(0, deadline - time.monotonic()))
+    for thread in (copying, *conversations):
+        thread.join(max(0, deadline - time.monotonic()))
+    count = sum(conversation.has_secret for conversation in conversations)
+    wrong_output = explain_output(bytes(printed), count)
+    if wrong_output:
+        logging.info(wrong_output)
+    if process.returncode < 0:  # a signal ended it: exit as a shell does
+        return 128 - process.returncode
+    if process.returncode:
+        return process.returncode
+    mistakes = [conversation.has_mistake for conversation in conversations]
+    failed = wrong_output or any(mistakes) or not mistakes
+    interrupted = not logging.getLogger().isEnabledFor(logging.INFO)
+    return 1 if failed and not interrupted else 0
+
+
+def copy(source: IO[bytes], printed: bytearray) -> None:
+    """Copy what the command prints to stdout as it comes, and keep it in `printed`."""
+    with source, contextlib.suppress(OSError):  # perhaps nobody reads stdout any more
+        while data := source.read(1024):
+            os.write(sys.stdout.fileno(), data)
+            printed += data
 
 
 def main() -> None:
@@ -259,32 +315,25 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 for any free port")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="serve while it runs")
     args = parser.parse_args()
-    if not 0 <= args.port <= 65535:
-        parser.error(f"argument --port: {args.port} is not from 0 to 65535")
-    if args.command[:1] == ["--"]:
-        del args.command[0]
     logging.basicConfig(level=logging.INFO, format="mathserver.py: %(message)s")
-    family = socket.AF_INET6 if ":" in args.bind else socket.AF_INET
     try:
-        server = socket.create_server((args.bind, args.port), family=family)
-    except (OSError, TypeError) as error:  # args[-1] is the message
-        sys.exit(f"mathserver.py: cannot listen on {args.bind}: {error.args[-1]}")
-    logging.info("listening on %s port %s", *server.getsockname()[:2])
+        server = socket.create_server((args.bind, args.port))
+    except (OSError, OverflowError) as error:
+        sys.exit(f"mathserver.py: cannot listen: {error}")
+    logging.info("listening on %s port %s", *server.getsockname())
+    if not args.command:
+        serve(server, [])
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # Python prints at once
     try:
-        process = Popen(args.command) if args.command else None
+        process = Popen(args.command, stdout=PIPE, bufsize=0, env=environment)
     except OSError as error:
-        advice = ""
-        if args.command[0].endswith(".py") and os.path.exists(args.command[0]):
-            advice = ": write python3 before it"
-        logging.error("cannot run %r: %s%s", args.command[0], error.strerror, advice)
-        sys.exit(127)
-    serve(server, process)
-    assert process  # without one, serve does not return
-    status = process.returncode
-    if status < 0:  # a signal ended it: exit as a shell does
-        status = 128 - status
-    # A thread may be stuck in writing to the log, so exit without waiting for it.
-    os._exit(min(status, 255))  # a crash on Windows has a bigger one
+        reason = error.strerror
+        if args.command[0].endswith(".py"):
+            reason = "write python3 before it"
+        sys.exit(f"mathserver.py: cannot run {args.command[0]!r}: {reason}")
+    # Ctrl-C is now the command's. What it cuts short is no mistake.
+    signal.signal(signal.SIGINT, lambda *_: logging.disable())
+    sys.exit(run(process, server))
 
 
 if __name__ == "__main__":
