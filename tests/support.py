@@ -1,7 +1,9 @@
-"""What the tests share: a socket that records its traffic, and running processes."""
+"""What the tests share: an end in time, a recorded socket, and running processes."""
 
 import contextlib
+import faulthandler
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, List, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 20  # seconds until a test gives up on what takes a second at most
 PYTHON = (sys.executable, "-S", "-W", "error")  # -S: without installed packages
 POSIX = unittest.skipUnless(os.name == "posix", "POSIX only")
 # Python's own variables would change what the processes print, but some interpreters
@@ -23,6 +24,18 @@ ENVIRONMENT = {
     if name == "PYTHONHOME" or not name.startswith("PYTHON")
 }
 ENVIRONMENT.update({"COLUMNS": "200", "NO_COLOR": "1", "PYTHONUTF8": "1"})
+
+
+class TestCase(unittest.TestCase):
+    """A test that ends in time, whatever is broken."""
+
+    maxDiff = None
+    patience = 20.0  # seconds until a test gives up on what takes a second at most
+
+    def setUp(self) -> None:
+        if "pydevd" not in sys.modules:  # in a debugger, a test may stop for longer
+            faulthandler.dump_traceback_later(60, exit=True)
+            self.addCleanup(faulthandler.cancel_dump_traceback_later)
 
 
 class Outcome(NamedTuple):
@@ -66,37 +79,44 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def has_ipv6() -> bool:
-    """Return whether this machine has the address ::1."""
-    with contextlib.suppress(OSError):
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        return True
-    return False
+def heed_ctrl_c(test: TestCase) -> None:
+    """Let the processes of a test get SIGINT, even if it is ignored or blocked here."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    test.addCleanup(signal.signal, signal.SIGINT, handler)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    test.addCleanup(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager
 def started(*command: Any, **options: Any) -> Iterator[Any]:
-    """Start a command; kill it if it still runs after the block, or after TIMEOUT."""
+    """Start a command; kill it if it still runs after the block, or hangs in it.
+
+    If the block fails, say what the process has left in its pipes.
+    """
     line = [str(word) for word in command]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     options = {**pipes, "bufsize": 0, "env": ENVIRONMENT, "cwd": ROOT, **options}
+    limit = TestCase.patience
     process: Any
     with subprocess.Popen(line, **options) as process:
 
         def give_up() -> None:
+            TestCase.patience = 2  # for what hangs after this
             process.kill()
             process.stdin.close()  # so that the command of a server ends, too
 
-        watchdog = threading.Timer(TIMEOUT, give_up)
+        watchdog = threading.Timer(limit, give_up)
         watchdog.start()
         try:
             yield process
+            if not watchdog.is_alive():
+                raise AssertionError(f"killed after {limit} s")
+        except Exception as error:
+            process.kill()
+            raise AssertionError(f"{line} left {finish(process)}") from error
         finally:
-            in_time = watchdog.is_alive()
             watchdog.cancel()
             process.kill()
-            if not in_time:
-                raise AssertionError(f"killed after {TIMEOUT} s: {line}")
 
 
 def finish(process: Any, stdin: str = "") -> Outcome:
@@ -108,7 +128,7 @@ def finish(process: Any, stdin: str = "") -> Outcome:
     return Outcome(stdout, stderr, process.returncode)
 
 
-def run(*command: Any) -> Outcome:
+def run(*command: Any, **options: Any) -> Outcome:
     """Run a command to its end."""
-    with started(*command) as process:
+    with started(*command, **options) as process:
         return finish(process)

@@ -1,5 +1,6 @@
 """Tests of lab4.py: the protocol, the script, and within another program."""
 
+import ast
 import contextlib
 import io
 import itertools
@@ -8,12 +9,11 @@ import re
 import signal
 import socket
 import struct
-import unittest
 from unittest import mock
 
 import lab4
 from tests import support
-from tests.support import POSIX, PYTHON, Outcome, RecordedSocket, finish, run
+from tests.support import POSIX, PYTHON, Outcome, RecordedSocket, TestCase, finish, run
 
 SCRIPT = support.ROOT / "lab4.py"
 LAB4 = (*PYTHON, SCRIPT)
@@ -23,10 +23,10 @@ ANSWER = b"\x04\x07\x07\x04"
 PHRASE = b" \x00\xff\xc3\xa9\x1b[\n"  # not all UTF-8, white space at both ends
 SECRET = b"S" + PHRASE
 PRINTED = " \x00\\xff\u00e9\x1b[\n\n"
-SYSTEM_WORDS = r"[^\[\n]+"  # "Connection refused", for example, but no "[Errno 111]"
+SYSTEM_ERROR = r"\[(Errno|WinError) \d+\] .+"
 
 
-class ProtocolTest(unittest.TestCase):
+class ProtocolTest(TestCase):
     @contextlib.contextmanager
     def receiving(self, stream, stops=()):
         """Yield a socket at which a stream arrives, a stop at a time, and ends."""
@@ -74,7 +74,7 @@ class ProtocolTest(unittest.TestCase):
 
     def test_an_early_end_is_an_error_that_counts_the_bytes(self):
         for frame, size in itertools.product((QUESTION, SECRET), range(9)):
-            count = f"server closed the connection after {size} of a frame's 9 bytes$"
+            count = f"^the stream ended after {size} of 9 bytes$"
             early = self.assertRaisesRegex(EOFError, count)
             with self.receiving(frame[:size]) as sock, early:
                 lab4.answer_questions(sock)
@@ -83,8 +83,7 @@ class ProtocolTest(unittest.TestCase):
 @contextlib.contextmanager
 def connected(host="127.0.0.1", **options):
     """Start lab4.py; yield its process and the server's end of its connection."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as server:
+    with socket.create_server((host, 0)) as server:
         starting = support.started(*LAB4, host, server.getsockname()[1], **options)
         with starting as process, accept(server, process) as peer:
             yield process, peer
@@ -101,9 +100,7 @@ def accept(server, process):
             raise AssertionError(f"lab4.py does not connect: {finish(process)}")
 
 
-class ScriptTest(unittest.TestCase):
-    maxDiff = None
-
+class ScriptTest(TestCase):
     def assert_phrase(self, host):
         with connected(host) as (process, peer):
             peer.sendall(QUESTION + SECRET)
@@ -117,15 +114,14 @@ class ScriptTest(unittest.TestCase):
         self.assertRegex(outcome.stderr, rf"\A{line}\Z", outcome)
         self.assertEqual(outcome, Outcome("", outcome.stderr, 1))
 
+    def test_it_is_written_in_python_3_6(self):
+        ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 6))
+
     def test_it_prints_the_phrase_as_text(self):
         self.assert_phrase("127.0.0.1")
 
     def test_the_host_may_be_a_name(self):
         self.assert_phrase("localhost")
-
-    @unittest.skipUnless(support.has_ipv6(), "this machine has no ::1")
-    def test_the_host_may_be_an_ipv6_address(self):
-        self.assert_phrase("::1")
 
     def test_it_has_help(self):
         outcome = run(*LAB4, "--help")
@@ -159,19 +155,15 @@ class ScriptTest(unittest.TestCase):
                 self.assertRegex(outcome.stderr, message, outcome)
                 self.assertEqual(outcome, Outcome("", outcome.stderr, 2))
 
-    def test_the_port_may_be_1_to_65535(self):
-        for port in (1, 65535):  # a host like this keeps them from being tried
-            outcome = run(*LAB4, "a..b", port)
-            self.assertEqual(outcome.status, 1, outcome)
-
-    def test_a_host_that_is_no_name_is_a_fault(self):
-        self.assert_fault(run(*LAB4, "a..b", 8000), ("a..b", 8000), ".*label.*")
+    def test_a_host_that_is_no_name_is_a_fault_at_any_port(self):
+        for port in (1, 65535):
+            self.assert_fault(run(*LAB4, "a..b", port), ("a..b", port), ".*label.*")
 
     def test_a_port_where_nobody_listens_is_a_fault(self):
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))  # and does not listen
             address = server.getsockname()
-            self.assert_fault(run(*LAB4, *address), address, SYSTEM_WORDS)
+            self.assert_fault(run(*LAB4, *address), address, SYSTEM_ERROR)
 
     def test_a_wrong_tag_is_a_fault(self):
         frame = b"q\x1b[2J\xff\n\a."
@@ -184,7 +176,7 @@ class ScriptTest(unittest.TestCase):
         with connected() as (process, peer):
             peer.sendall(QUESTION[:5])
             peer.shutdown(socket.SHUT_WR)
-            reason = "the server closed the connection after 5 of a frame's 9 bytes"
+            reason = "the stream ended after 5 of 9 bytes"
             self.assert_fault(finish(process), peer.getsockname(), reason)
 
     def test_a_reset_is_a_fault(self):
@@ -192,7 +184,7 @@ class ScriptTest(unittest.TestCase):
             address = peer.getsockname()
             peer.sendall(SECRET[:5])
             support.reset(peer)
-            self.assert_fault(finish(process), address, SYSTEM_WORDS)
+            self.assert_fault(finish(process), address, SYSTEM_ERROR)
 
     @POSIX
     def test_a_broken_pipe_is_a_fault(self):
@@ -201,11 +193,12 @@ class ScriptTest(unittest.TestCase):
         with open(writer, "wb") as pipe, connected(stdout=pipe) as (process, peer):
             peer.sendall(SECRET)
             outcome = finish(process)
-        self.assertRegex(outcome.stderr, r"\Alab4\.py: cannot print .*: Broken pipe\n")
+        self.assertRegex(outcome.stderr, r"\Alab4\.py: cannot print .* Broken pipe\n")
         self.assertNotEqual(outcome.status, 0, outcome)
 
     @POSIX
     def test_ctrl_c_ends_it_with_130_and_no_message(self):
+        support.heed_ctrl_c(self)
         with connected() as (process, peer):
             peer.sendall(QUESTION)
             peer.recv(4)  # from now on lab4.py waits for a frame
@@ -215,11 +208,11 @@ class ScriptTest(unittest.TestCase):
             self.assertEqual(finish(process), Outcome("", "", 130))
 
 
-class WithinTest(unittest.TestCase):
+class WithinTest(TestCase):
     """lab4.py within another program, as in a grader that imports it."""
 
     def run_main(self):
-        """Run main beside a server that says nothing; return what it prints."""
+        """Run main with a stand-in for answer_questions; return what it prints."""
         stdout = io.StringIO()
         with socket.create_server(("127.0.0.1", 0)) as server:
             argv = ["lab4.py", *map(str, server.getsockname())]
@@ -231,12 +224,15 @@ class WithinTest(unittest.TestCase):
     def test_a_replaced_stdout_gets_the_phrase(self):
         self.assertEqual(self.run_main(), PRINTED)
 
-    @mock.patch.object(lab4, "answer_questions", lambda sock: b"%a" % sock.gettimeout())
-    def test_there_is_no_time_limit(self):
-        self.assertEqual(self.run_main(), "None\n")
+    def test_only_the_program_sets_a_time_limit(self):
+        def answer_questions(sock):
+            limits.append(sock.gettimeout())
+            return PHRASE
 
-    def test_a_time_limit_of_the_program_is_a_fault(self):
         self.addCleanup(socket.setdefaulttimeout, socket.getdefaulttimeout())
-        socket.setdefaulttimeout(0.01)
-        with self.assertRaisesRegex(SystemExit, "cannot print .*: timed out$"):
-            self.run_main()
+        limits: list = []
+        for limit in (None, 9):
+            socket.setdefaulttimeout(limit)
+            with mock.patch.object(lab4, "answer_questions", answer_questions):
+                self.run_main()
+        self.assertEqual(limits, [None, 9])

@@ -1,99 +1,91 @@
 """Tests of mathserver.py: the words of its log, its conversations, the command."""
 
 import contextlib
-import functools
-import itertools
-import json
 import os
 import re
 import signal
 import socket
 import struct
+import sys
 import time
-import unittest
 from typing import Any
 from unittest import mock
 
 import lab4
 from tests import mathserver, support
-from tests.support import POSIX, PYTHON, TIMEOUT, Outcome, finish, run, started
+from tests.support import POSIX, PYTHON, Outcome, TestCase, finish, run, started
 
+# Other times for most tests, in the names of mathserver.py.
 TIMES: Any = {"PAUSE": 0.001, "LONGEST_PAUSE": 0.1, "SECRET_PAUSE": 0.001}
-TIMES.update(SILENCE=TIMEOUT, TRACEBACK=0)  # for most tests
-REAL_TIMES = {name: getattr(mathserver, name) for name in TIMES}
-PHRASE = "lO_2HEKb"
-SECRET_LINE = f"secret: {PHRASE} for 5 right answers; print just that"
+TIMES.update(SILENCE=20, TRACEBACK=0)
+REAL_TIMES: Any = {name: getattr(mathserver, name) for name in TIMES}
+PHRASE = "SQ3f81c2"
 README = (support.ROOT / "README.md").read_text(encoding="utf-8")
 QUESTION = bytes.fromhex("51 38b27aa7 2b10728f")
 ASKED = "951220903 + 722498191 (51 38 b2 7a a7 2b 10 72 8f)"
 RIGHT = bytes.fromhex("63c2ed36")
 EQUATION = f"{ASKED} is 1673719094 (63 c2 ed 36), not"
 SUMS = [0x00010203, 0xFF030405]  # the right answers to two earlier questions
-NUMBERS = "(the numbers are [1:5] and [5:9])"
-TEXT = "sent as text, not as a 4-byte integer"
 CAUSES = (  # wrong answers to QUESTION, and what is said to be the cause
-    (RIGHT[::-1], "the right sum, but sent little-endian"),
+    (RIGHT[:3], "too few bytes"),
+    (RIGHT[::-1], "the right sum, sent as little-endian"),
     (bytes(4) + RIGHT, "the right sum, in 8 bytes instead of 4"),
-    (RIGHT * 2, "the right sum, sent again and again"),
+    ((b"A" + RIGHT) * 17, "the right sum, more than once: send it once, and empty the"),
+    (QUESTION, "the numbers themselves, not their sum"),
     (QUESTION[1:5], "only the first number"),
     (QUESTION[5:9], "only the second number"),
     (b"\x36\xec\xc2\x63", "the numbers read as little-endian"),
-    (b"\x63\xc2\xec\x36", "the numbers read as little-endian, but sent little-endian"),
+    (b"\x63\xc2\xec\x36", "the numbers read as little-endian, sent as little-endian"),
     (b"\x00\x00\x03\x47", "single bytes added"),
-    (b"\x00\x63\xc2\xec", f"bytes [1:4] + [5:8] {NUMBERS}"),
-    (b"\xb2\x8b\x19\xba\n", f"bytes [2:6] + [6:9] {NUMBERS}, in 5 bytes instead of 4"),
-    (b"\xff\x03\x04\x05", "the sum of question 2"),
+    (
+        b"\x7c\x49\x25\x09\n",
+        "bytes [0:4] + [5:9] (the numbers are [1:5] and [5:9]), in",
+    ),
+    (b"\xff\x03\x04\x05", "the sum of question 2, perhaps still in a buffer"),
     (b"\x62\xc6\xf3\x3e", "all sums so far added up"),
-    (b"\0\n1673719094", TEXT),  # as Java's writeUTF does
-    (b"0x63c2ed36\n".ljust(32, b"\0"), TEXT),  # as from a C buffer
+    (bytes(2048), "only zeros, as bytes(n) makes them"),
+    (b"1673719094\n", "sent as text, not as a 4-byte integer"),
+    (b"abcd", "a wrong answer"),  # four letters may be chance
 )
-NO_CAUSES = (  # other answers to QUESTION, and how they are shown
-    (b"abcd", "1633837924 (61 62 63 64)"),
-    (b"\xffhello", "6 bytes (ff 68 65 6c 6c 6f)"),
-    (bytes(40), f"40 bytes ({bytes(32).hex(' ')} ...)"),
-)
-STOPS = (  # what was sent, what came back, earlier sums, and words of the log
-    (QUESTION[:7], b"", SUMS[:0], "7 of 9 bytes: call recv again until all 9 "),
-    (QUESTION[:7], b"", SUMS, "7 of 9 bytes: answer until S comes, all on this "),
-    (b"Sopen it", b"", SUMS, "8 of 9 bytes: call recv again until all 9 are "),
-    (QUESTION, b"", SUMS, f"{ASKED}: if it printed an error, fix that; if not, "),
-    (QUESTION, b"\x63\xc2", SUMS, "sending 63 c2: an answer has 4 bytes"),
+OUTPUTS = (  # how many clients got the secret, what they printed, whether it is right
+    (1, PHRASE, True),
+    (1, f"{PHRASE}\r\n", True),
+    (2, f"{PHRASE}\n{PHRASE}\n", True),
+    (0, "no secret", True),
+    (1, "", False),
+    (1, f"b'{PHRASE}'\n", False),
+    (1, f"{PHRASE}\x02\n", False),
+    (1, f"{PHRASE}\n\n", False),
+    (2, f"{PHRASE}\n", False),
 )
 
 
-class ExplanationTest(unittest.TestCase):
-    maxDiff = None
-
+class ExplanationTest(TestCase):
     def test_a_wrong_answer_has_a_cause(self):
         for answer, cause in CAUSES:
-            with self.subTest(answer=answer):
-                line = mathserver.explain_answer(QUESTION, answer, SUMS)
-                self.assertEqual(line.partition(f": {EQUATION} ")[0], cause)
-
-    def test_an_answer_that_fits_no_mistake_has_no_cause(self):
-        for answer, shown in NO_CAUSES:
             line = mathserver.explain_answer(QUESTION, answer, SUMS)
-            self.assertEqual(line, f"{EQUATION} {shown}")
-
-    def test_a_client_that_stops_gets_advice(self):
-        for frame, answer, sums, words in STOPS:
-            line = mathserver.explain_stop("slept", frame, answer, sums)
-            self.assertIn(f"the client slept after {words}", line)
+            self.assertTrue(line.startswith(cause), (answer, line))
+            self.assertIn(f": {EQUATION} ", line)
 
     def test_an_early_answer_to_an_earlier_question_is_recognized(self):
-        line = mathserver.explain_early(1, b"\xff\x03\x04\x05\n", SUMS)
+        line = mathserver.explain_early(1, b"\xff\x03\x04\x05", SUMS)
         self.assertIn("after only 1 of 9 bytes: the answer to question 2 again", line)
 
-    def test_the_readme_shows_lines_of_the_log(self):
-        early = mathserver.explain_early(7, b"\x38\xb2\xa5\xb7", SUMS)
-        wrong = mathserver.explain_answer(QUESTION, RIGHT[::-1], [])
-        shown = re.findall(": question 1: (.*)|: (secret: .*)", README)
-        self.assertEqual(shown, [("", SECRET_LINE), (early, ""), (wrong, "")])
+    def test_only_the_phrase_is_a_right_output(self):
+        for count, output, is_right in OUTPUTS:
+            with mock.patch.object(mathserver, "PHRASE", PHRASE):
+                line = mathserver.explain_output(output.encode(), count)
+            wrong = f"the client printed {output!r}, not just the phrase"
+            self.assertEqual(line, "" if is_right else wrong)
 
-    def test_the_readme_has_the_times_of_the_server(self):
-        wait, late = map(int, re.findall(r"(\d+) seconds", README))
-        self.assertLess(mathserver.LONGEST_PAUSE + mathserver.SILENCE, wait)
-        self.assertEqual(mathserver.LONGEST_PAUSE, late)
+    def test_the_readme_shows_lines_of_the_log(self):
+        lines = (
+            f"client 1: secret: {PHRASE} for 8 right answers; print just that",
+            mathserver.explain_early(7, b"\x38\xb2\xa5\xb7", []),
+            mathserver.explain_answer(QUESTION, RIGHT[::-1], []),
+        )
+        shown = re.findall("mathserver.py: (?:client 1: question 1: )?(.+)", README)
+        self.assertLessEqual(set(lines), set(shown))
 
 
 def right(question):
@@ -103,44 +95,75 @@ def right(question):
 def receive(sock, size=9):
     """Return the next bytes, fewer if the stream ends before."""
     data = b""
-    while len(data) < size and (piece := sock.recv(size - len(data))):
-        data += piece
+    with contextlib.suppress(ConnectionError):
+        while len(data) < size and (piece := sock.recv(size - len(data))):
+            data += piece
     return data
 
 
 def send(sock, data):
     """Send data, close this side, and wait until the server closes the other."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(ConnectionError):
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
-        receive(sock)
+    receive(sock)
 
 
-def answer_twice(sock):
-    answer = right(receive(sock))
-    sock.sendall(answer)
-    receive(sock, 1)
-    send(sock, answer)
-
-
-def answer_the_secret(sock):
-    lab4.answer_questions(sock)
-    send(sock, b"sum!")
-
-
-CLOSED = "the client closed .* after"
-MISTAKES = (  # a client, and the last line that the log has for it
-    (receive, rf"question 1: {CLOSED} \d+ \+ "),
-    (lambda sock: send(sock, right(receive(sock))[:3]), "question 1: .* sending "),
-    (lambda sock: send(sock, right(receive(sock))), f"question 2: {CLOSED} "),
-    (lambda sock: send(sock, right(receive(sock)) * 10**6), "question 1: .* again: "),
-    (answer_twice, "question 2: .*(the answer to|the sum of) question 1"),
-    (answer_the_secret, "secret: the client sent 73 75 6d 21 after the secret: "),
+CLOSED = "the client closed its side of the connection after"
+MISTAKES = (  # bytes of question 1 received, what is sent then, and the log's last line
+    (
+        0,
+        lambda _: b"\n",
+        "question 1: the client sent 0a after .* send just 4 bytes, and ",
+    ),
+    (
+        3,
+        lambda _: b"hello",
+        "question 1: the client sent 68 65 .* after only [3-8] of 9",
+    ),
+    (3, lambda _: b"", f"question 1: {CLOSED} [3-8] of 9 bytes: call recv until all "),
+    (
+        9,
+        lambda _: b"",
+        rf"question 1: {CLOSED} all 9 bytes of \d+ .*: if it printed an",
+    ),
+    (9, lambda question: right(question)[:2], "question 1: too few bytes: "),
+    (9, lambda question: right(question) * 10**6, "question 1: .* than once: "),
+    (9, right, f"question 2: {CLOSED} . of 9 bytes: "),
 )
-INSIDE_A_FRAME = (  # what a client does there, and the line that the log has for it
-    (lambda sock: send(sock, b"hello"), "the client sent 'hello' after only [3-8] "),
-    (socket.socket.close, f"{CLOSED} [3-8] of 9 bytes: "),
-    (support.reset, f"{CLOSED} [3-8] of 9 bytes: "),
+
+
+def answer_frames(sock, wrong):
+    """Receive whole frames and return the phrase; one part of the client is wrong."""
+    is_secret = wrong.get("is_secret", lambda frame: frame[:1] == b"S")
+    payload = wrong.get("payload", lambda frame: frame[1:])
+    answer = wrong.get("answer", lambda total: total.to_bytes(4, "big"))
+    while not is_secret(frame := receive(sock)):
+        numbers = struct.unpack(wrong.get("format", ">II"), payload(frame))
+        sock.sendall(answer(sum(numbers)))
+    return wrong.get("phrase", lambda text: text[1:])(frame.decode())
+
+
+WRONG_PARTS: Any = (  # each is wrong for some contents of a frame only
+    {"is_secret": lambda frame: b"S" in frame},
+    {"is_secret": lambda frame: b"Q" not in frame},
+    {"is_secret": lambda frame: frame.decode(errors="ignore").encode() == frame},
+    {"is_secret": lambda frame: frame.isascii()},
+    {"is_secret": lambda frame: frame.isalnum()},
+    {"payload": lambda frame: frame.strip()[1:]},
+    {"payload": lambda frame: frame.rstrip(b"\0")[1:]},
+    {"payload": lambda frame: frame.split(b"\0")[0][1:]},
+    {"payload": lambda frame: frame.replace(b"\r\n", b"\n")[1:]},
+    {"payload": lambda frame: frame.replace(b"Q", b"")},
+    {"payload": lambda frame: frame.lstrip(b"Q")},
+    {"payload": lambda frame: frame.split(b"Q")[1]},
+    {"format": ">ii"},
+    {"answer": lambda total: total.to_bytes((total.bit_length() + 7) // 8, "big")},
+    {"answer": lambda total: bytes.fromhex(f"{total:x}")},
+    {"answer": lambda total: total.to_bytes(4, "big").replace(b"\n", b"\r\n")},
+    {"phrase": lambda text: text.lstrip("S")},
+    {"phrase": lambda text: text.replace("S", "")},
+    {"phrase": lambda text: text.split("S")[1]},
 )
 
 
@@ -158,282 +181,290 @@ def receive_the_secret_once(sock):
     return tag + (sock.recv(8) if tag == b"S" else receive(sock, 8))
 
 
-WRONG_RECEIVERS = {
-    "one recv": lambda sock: sock.recv(9),
-    "8 bytes": lambda sock: receive(sock, 8),
-    "a sleep and three recv": receive_three_times,
-    "one recv for the secret": receive_the_secret_once,
-}
+WRONG_RECEIVERS = (
+    lambda sock: sock.recv(9),
+    receive_three_times,
+    receive_the_secret_once,
+)
 
 
-# A test may set other times, which are undone after it, too.
-@mock.patch.multiple(mathserver, **TIMES)
-class ConversationTest(unittest.TestCase):
-    maxDiff = None
+class ConversationTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.multiple(mathserver, PHRASE=PHRASE, **TIMES)
+        patch.start()
+        self.addCleanup(patch.stop)
 
-    def converse(self, client):
-        """Let a client talk to the server; return its result and the log's lines.
-
-        The server's end of the connection is self.served, its thread self.thread.
-        """
+    def converse(self, client, *arguments):
+        """Let a client talk to the server; return its result and the log's lines."""
         with socket.create_server(("127.0.0.1", 0)) as server:
-            sock = socket.create_connection(server.getsockname(), TIMEOUT)
-            accepted, address = server.accept()
-        self.served = support.RecordedSocket(accepted)
-        self.thread = mathserver.Conversation((self.served, address), PHRASE)
+            sock = socket.create_connection(server.getsockname(), self.patience)
+            self.thread = mathserver.Conversation("client 1", server.accept()[0])
         with self.assertLogs() as log:
             self.thread.start()
             try:
                 with sock:
-                    result = client(sock)
+                    result = client(sock, *arguments)
             except Exception as error:
-                self.thread.join()
+                TestCase.patience = 2  # for what hangs after this
+                self.thread.join(self.patience)
                 raise AssertionError(f"the log: {log.output}") from error
-            self.thread.join()
-        start = f"INFO:root:127.0.0.1 port {address[1]}: "
+            self.thread.join(self.patience)
+        self.assertFalse(self.thread.is_alive(), log.output)
+        start = "INFO:root:client 1: "
         return result, [line.replace(start, "", 1) for line in log.output]
 
-    def use_real_times(self):
-        for name, seconds in REAL_TIMES.items():
-            setattr(mathserver, name, seconds)
-
-    @mock.patch("random.randint", min)
     def test_right_answers_get_the_secret(self):
-        phrase, lines = self.converse(lab4.answer_questions)
-        self.assertEqual((phrase, lines), (PHRASE.encode(), [SECRET_LINE]))
+        for pick, count in ((min, 7), (max, 12)):
+            with mock.patch("random.randint", pick):
+                phrase, lines = self.converse(lab4.answer_questions)
+            secret = f"secret: {PHRASE} for {count} right answers; print just that"
+            self.assertEqual((phrase, lines), (PHRASE.encode(), [secret]))
+            self.assertFalse(self.thread.has_mistake)
 
     def test_each_mistake_is_explained_once(self):
-        for client, start in MISTAKES:
-            lines = self.converse(client)[1]
-            with self.subTest(start, lines=lines):
-                self.assertRegex(lines[-1], rf"\A{start}")
-                self.assertEqual(len(lines), 1 + start.startswith("secret"))
+        def client(sock, size, act):
+            send(sock, act(receive(sock, size)))
 
-    def test_each_mistake_inside_a_frame_is_explained(self):
-        mathserver.PAUSE = 0.05
-        for act, start in INSIDE_A_FRAME:
+        for size, act, words in MISTAKES:
+            # Inside a frame, the client needs time to act before the next piece.
+            pause = 0.001 if size == 9 else 0.05
+            with mock.patch.object(mathserver, "PAUSE", pause):
+                (line,) = self.converse(client, size, act)[1]
+            self.assertRegex(line, rf"\A{words}")
+            self.assertTrue(self.thread.has_mistake)
 
-            def client(sock, act=act):
-                receive(sock, 3)
-                act(sock)
+    @mock.patch.object(mathserver, "SILENCE", 0.2)
+    def test_a_client_that_does_not_close_after_the_secret_is_told(self):
+        def client(sock, data):
+            lab4.answer_questions(sock)
+            sock.sendall(data)
+            receive(sock)  # until the server closes
 
-            (line,) = self.converse(client)[1]
-            self.assertRegex(line, rf"\Aquestion 1: {start}")
+        for data, words in (
+            (b"sum!", "the client sent 73 75 6d 21 after the secret: "),
+            (b"", "the client has not closed 0.2 s after the secret"),
+        ):
+            self.assertIn(f"secret: {words}", self.converse(client, data)[1][-1])
+            self.assertTrue(self.thread.has_mistake)
 
-    def test_question_1_goes_byte_by_byte(self):
-        self.converse(receive)
-        self.assertEqual(len(self.served.sent), 9)
+    @mock.patch.object(mathserver, "SILENCE", 0.05)
+    def test_a_client_that_is_silent_is_told_once(self):
+        def client(sock):
+            question = receive(sock)
+            time.sleep(0.2)
+            sock.sendall(right(question))
+            return lab4.answer_questions(sock)
 
-    def test_numbers_are_random_and_need_no_wrap(self):
-        self.converse(lab4.answer_questions)
-        questions = b"".join(self.served.sent)[:-9]
-        for numbers in zip(*struct.iter_unpack(">xII", questions)):
-            self.assertEqual(len(set(numbers)), len(numbers))
-            self.assertLess(max(numbers), 2**31)
+        phrase, lines = self.converse(client)
+        self.assertEqual(phrase, PHRASE.encode())
+        self.assertIn("question 1: the client has been silent for 0.05 s ", lines[0])
+        self.assertEqual(sum("question 1: " in line for line in lines), 1, lines)
+        self.assertTrue(self.thread.has_mistake)
 
-    def test_a_client_may_be_gone_before_it_is_accepted(self):
-        with socket.socket() as sock:  # macOS may know no address then
-            conversation = mathserver.Conversation((sock, None), PHRASE)
-        self.assertEqual(conversation.name, "a client")
+    @mock.patch.object(mathserver, "SILENCE", 0.2)
+    @mock.patch("random.randint", min)
+    def test_a_client_that_is_wrong_for_some_contents_gets_no_secret(self):
+        def client(sock, wrong):
+            with contextlib.suppress(ValueError, OverflowError, struct.error):
+                return answer_frames(sock, wrong)
 
-    def test_a_client_that_does_not_receive_until_9_bytes_gets_no_secret(self):
+        self.assertEqual(self.converse(client, {})[0], PHRASE)
+        for wrong in WRONG_PARTS:
+            phrase, lines = self.converse(client, wrong)
+            self.assertNotEqual(phrase, PHRASE, (wrong, lines))
+
+    @mock.patch.multiple(mathserver, **REAL_TIMES)
+    @mock.patch("random.randint", min)
+    def test_only_a_client_that_receives_until_9_bytes_gets_the_secret(self):
         def client(sock, receive_frame):
+            sock.settimeout(2)
             frame = b""
-            with contextlib.suppress(OSError):  # the server may close before an answer
+            with contextlib.suppress(ConnectionError):
                 while (frame := receive_frame(sock))[:1] == b"Q":
                     sock.sendall(right(frame.ljust(9, b"\0")))
             return frame == b"S" + PHRASE.encode()
 
-        self.use_real_times()
-        mathserver.TRACEBACK = 0
-        for name, receive_frame in WRONG_RECEIVERS.items():
-            wrong = functools.partial(client, receive_frame=receive_frame)
-            with self.subTest(name):
-                # On a busy machine pieces may join, and one conversation be lucky.
-                self.assertFalse(all(self.converse(wrong)[0] for _ in range(3)))
+        self.assertTrue(self.converse(client, receive)[0])
+        for wrong in WRONG_RECEIVERS:
+            # On a busy machine pieces may join, and one conversation be lucky.
+            lucky = all(self.converse(client, wrong)[0] for _ in range(3))
+            self.assertFalse(lucky, wrong)
 
-    @mock.patch("random.randint", min)
-    def test_a_client_with_a_time_limit_of_a_second_gets_the_secret(self):
-        def client(sock):
-            sock.settimeout(1)
-            return lab4.answer_questions(sock)
+    def test_sums_fit_into_4_bytes(self):
+        questions = [mathserver.make_question() for _ in range(200)]
+        numbers = [struct.unpack(">xII", question) for question in questions]
+        self.assertLess(max(map(sum, numbers)), 2**32)
+        self.assertGreater(max(map(min, numbers)), 2**29)
 
-        self.use_real_times()
-        self.assertEqual(self.converse(client)[0], PHRASE.encode())
-
-    def test_the_pause_in_a_frame_follows_the_last_answer(self):
-        def client(sock):
-            question = receive(sock)
-            time.sleep(0.2)
-            send(sock, right(question))
-
-        self.converse(client)
-        self.assertEqual(self.thread.pause, mathserver.LONGEST_PAUSE)
-        mathserver.LONGEST_PAUSE = 3
-        self.converse(client)
-        self.assertGreater(self.thread.pause, 0.3)
-
-    @mock.patch("random.randint", min)
-    def test_the_secret_comes_slowly(self):
-        mathserver.SECRET_PAUSE = REAL_TIMES["SECRET_PAUSE"]
-        self.converse(lab4.answer_questions)
-        self.assertGreater(self.thread.pause, 0.1)
-
+    @mock.patch.object(mathserver, "TRACEBACK", REAL_TIMES["TRACEBACK"])
     def test_the_log_lets_a_client_print_its_error_first(self):
-        self.use_real_times()
         start = time.monotonic()
         self.converse(lambda _: None)
         self.assertGreater(time.monotonic() - start, 0.25)
 
 
-# Runs mathserver.py with other times, which are the first argument, as JSON.
-SERVER = """
-import json, sys
-from tests import mathserver
-vars(mathserver).update(json.loads(sys.argv.pop(1)))
-mathserver.main()
+# Sets some times of mathserver.py, which are in {}, and runs it.
+SERVER = "from tests import mathserver\n{}\nmathserver.main()"
+# Commands for the server: they read the port from stdin, or nothing.
+RUN_LAB4 = """
+import lab4, sys
+sys.argv = ["lab4.py", "127.0.0.1", input()]
+lab4.main()
 """
-WAIT = (*PYTHON, "-c", "import sys; sys.stdin.readline()")  # a command to serve
-LAB4 = (*PYTHON, "-c", "import lab4, sys; sys.argv.append(input()); lab4.main()")
+WAIT_FOR_A_FRAME = """
+import socket
+sock = socket.create_connection(("127.0.0.1", int(input())))
+print("ready", sock.recv(9))
+sock.recv(9)
+"""
+CATCH_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, lambda *_: print("caught"))
+print("ready")
+sys.stdin.read()
+"""
+CLOSE = """
+import socket
+socket.create_connection(("127.0.0.1", int(input()))).close()
+"""
+LEAVE_A_CHILD = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "input()"])
+"""
 
 
-class ServerTest(unittest.TestCase):
-    maxDiff = None
+NOBODY = "nobody has connected: check host, port and TCP (SOCK_STREAM)"
+KILLED = 137 if os.name == "posix" else 9
 
+
+class ServerTest(TestCase):
     @contextlib.contextmanager
-    def starting(self, *command, **times):
-        """Start mathserver.py with other times; yield its process and its address."""
-        changes = json.dumps({**TIMES, **times})
-        line = (*PYTHON, "-c", SERVER, changes, "--port", 0, *command)
-        with started(*line) as process:
+    def starting(self, *code, session=False, **times):
+        """Start mathserver.py with code as its command; yield its process and port."""
+        times = {**TIMES, **times}
+        lines = [f"mathserver.{name} = {seconds}" for name, seconds in times.items()]
+        line = [*PYTHON, "-c", SERVER.format("\n".join(lines)), "--port", 0]
+        if code:
+            line += [*PYTHON, "-c", *code]
+        with started(*line, start_new_session=session) as process:
             first = process.stderr.readline().decode()
             self.assertRegex(first, "^mathserver.py: listening on 127.0.0.1 port [1-9]")
-            try:
-                yield process, ("127.0.0.1", int(first.split()[-1]))
-            except Exception as error:
-                process.kill()
-                raise AssertionError(f"the server left {finish(process)}") from error
+            yield process, int(first.split()[-1])
 
-    def serve(self, *command):
-        """Serve a command that reads the port from stdin."""
-        with self.starting(*command) as (process, address):
-            return finish(process, f"{address[1]}\n")
+    def serve(self, code, **times):
+        with self.starting(code, **times) as (process, port):
+            return finish(process, f"{port}\n")
+
+    def connect(self, port):
+        return socket.create_connection(("127.0.0.1", port))
 
     def run_server(self, *arguments):
         return run(*PYTHON, mathserver.__file__, *arguments)
 
-    def test_it_serves_its_command(self):
-        outcome = self.serve(*LAB4, "127.0.0.1")
-        self.assertRegex(outcome.stdout, r"\A[!-~]{8}\n\Z", outcome)
-        line = rf"\A.*: secret: {re.escape(outcome.stdout[:8])} for .*\n\Z"
-        self.assertRegex(outcome.stderr, line)
+    def test_the_command_of_the_readme(self):
+        (command,) = re.findall(r"\n(python3 tests/\S+ --port 8001 .*)\n", README)
+        outcome = Outcome("", "cannot listen", 1)
+        while "cannot listen" in outcome.stderr:  # another program took the free port
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                words = {"python3": sys.executable, "8001": server.getsockname()[1]}
+            outcome = run(*(words.get(word, word) for word in command.split()))
+        self.assertRegex(outcome.stdout, r"\ASQ.{6}\n\Z", outcome)
+        line = rf"\n.*: secret: {outcome.stdout[:8]} for .*\n\Z"
+        self.assertRegex(outcome.stderr, line, outcome)
         self.assertEqual(outcome.status, 0, outcome)
 
-    def test_dashes_may_stand_before_the_command(self):
-        outcome = self.serve("--", *WAIT)
-        self.assertEqual(outcome.status, 0, outcome)
+    def test_each_run_is_different(self):
+        streams = []
+        for _ in range(2):
+            with self.starting() as (_, port):
+                sock = support.RecordedSocket(self.connect(port))
+                lab4.answer_questions(sock)
+                sock.close()
+                streams.append(b"".join(sock.received))
+        self.assertNotEqual(streams[0][:9], streams[1][:9])
+        self.assertNotEqual(streams[0][-8:], streams[1][-8:])
 
-    def test_it_ends_with_the_status_of_its_command(self):
-        for code, posix, windows in (
-            ("sys.exit(3)", 3, 3),
-            ("os.kill(os.getpid(), 15)", 143, 15),
-            ("os._exit(-5)", 251, 255),
+    def test_its_status_is_that_of_its_command_or_1_after_a_mistake(self):
+        for code, status, words in (
+            (RUN_LAB4, 0, "secret: "),
+            (RUN_LAB4 + "print('bye')", 1, "mathserver.py: the client printed 'SQ"),
+            (RUN_LAB4 + "sys.exit(3)", 3, "secret: "),
+            (CLOSE, 1, "client 1: question 1: the client closed "),
+            ("", 1, f"mathserver.py: {NOBODY}\n"),
+            ("import os; os.kill(os.getpid(), 9)", KILLED, NOBODY),
         ):
-            outcome = self.serve(*PYTHON, "-c", f"import os, sys; {code}")
-            status = posix if os.name == "posix" else windows
-            self.assertEqual(outcome.status, status, outcome)
+            outcome = self.serve(code)
+            self.assertEqual(outcome.status, status, (code, outcome))
+            self.assertEqual(outcome.stderr.count(words), 1, outcome)
 
-    def test_it_says_that_a_command_cannot_be_run(self):
-        for command, advice in (
-            ("nosuch", ""),
-            ("nosuch.py", ""),
-            ("tests/support.py", ": write python3 before it"),
-        ):
-            outcome = self.run_server("--port", 0, command)
-            line = rf": cannot run '{command}': [^:\n]+{advice}\n"
-            self.assertRegex(outcome.stderr, line)
-            self.assertEqual(outcome.status, 127, outcome)
-
-    def test_it_says_at_the_end_that_nobody_has_connected(self):
-        with self.starting(*WAIT) as (process, (_, port)):
-            line = rf"\A.*: nobody has connected to port {port} over TCP .*\n\Z"
-            self.assertRegex(finish(process).stderr, line)
+    def test_it_copies_stdout_as_it_comes_and_leaves_stderr_alone(self):
+        code = "import sys; print('out'); print('err', file=sys.stderr); input()"
+        with self.starting(code) as (process, _):
+            self.assertEqual(process.stdout.readline().split(), [b"out"])
+            self.assertEqual(process.stderr.readline().split(), [b"err"])
 
     def test_it_says_soon_that_nobody_has_connected(self):
-        with self.starting(*WAIT, SILENCE=0.1) as (process, _):
-            self.assertIn(b": nobody has connected ", process.stderr.readline())
-            self.assertEqual(finish(process), Outcome("", "", 0))
-
-    def test_in_a_terminal_of_its_own_it_waits_for_clients_in_silence(self):
-        with self.starting(SILENCE=0) as (process, address):
-            time.sleep(0.2)  # in which nothing should happen
-            socket.create_connection(address).close()
-            self.assertIn(b": question 1: ", process.stderr.readline())
-
-    def test_it_tells_once_that_a_client_is_silent(self):
-        with self.starting(SILENCE=0.05) as (process, address):
-            with socket.create_connection(address, TIMEOUT) as sock:
-                receive(sock)
-                silent = process.stderr.readline()
-                time.sleep(0.2)  # in which nothing should happen
-            closed = process.stderr.readline()
-        self.assertIn(b"question 1: the client has been silent for 0.05 s ", silent)
-        self.assertIn(b"question 1: the client closed its side ", closed)
-
-    @mock.patch("time.sleep")
-    def test_it_says_when_files_or_threads_run_out_and_waits(self, sleep):
-        def fail(conversation):
-            conversation.sock.close()
-            process.stdin.close()  # which ends the command
-            raise error
-
-        failing = mock.patch.object(mathserver.Conversation, "start", fail)
-        for error in (OSError("no more files"), RuntimeError("no more threads")):
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                socket.create_connection(server.getsockname()).close()
-                with started(*WAIT) as process, failing, self.assertLogs() as log:
-                    mathserver.serve(server, process)
-            self.assertEqual(log.output, [f"ERROR:root:cannot serve a client: {error}"])
-            self.assertGreater(sleep.call_args[0][0], 0)
-            sleep.reset_mock()
+        with self.starting("input()", SILENCE=0.1) as (process, _):
+            self.assertIn(NOBODY, process.stderr.readline().decode())
+            self.assertEqual(finish(process, "\n").stderr, "")
 
     @POSIX
-    def test_a_signal_ends_it_at_once(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        for number, command in itertools.product(signals, ((), WAIT)):
-            with self.starting(*command) as (process, _):
-                process.send_signal(number)
-                self.assertEqual(finish(process), Outcome("", "", -number))
+    def test_ctrl_c_ends_it_at_once_without_a_command(self):
+        support.heed_ctrl_c(self)
+        with self.starting() as (process, _):
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(finish(process), Outcome("", "", -signal.SIGINT))
+
+    @POSIX
+    def test_ctrl_c_is_the_commands_and_what_it_cuts_short_is_no_mistake(self):
+        support.heed_ctrl_c(self)
+        for code, stdout, status in (
+            (WAIT_FOR_A_FRAME, "", 130),
+            (CATCH_CTRL_C, "caught\n", 0),
+        ):
+            starting = self.starting(code, session=True, TRACEBACK=0.2)
+            with starting as (process, port):
+                process.stdin.write(b"%d\n" % port)
+                self.assertIn(b"ready", process.stdout.readline())
+                os.killpg(process.pid, signal.SIGINT)
+                outcome = finish(process)
+                self.assertEqual((outcome.stdout, outcome.status), (stdout, status))
+                self.assertNotIn("mathserver.py:", outcome.stderr)
+
+    def test_a_child_that_keeps_stdout_does_not_hold_it(self):
+        with self.starting(LEAVE_A_CHILD, GRACE=0) as (process, _):
+            self.assertEqual(process.wait(self.patience), 1)
 
     def test_a_client_may_go_on_shortly_after_the_command(self):
-        starting = self.starting(*WAIT)
-        with starting as (process, address), socket.create_connection(address) as sock:
+        starting = self.starting("input()")
+        with starting as (process, port), self.connect(port) as sock:
             process.stdin.close()
             time.sleep(0.2)  # in which the command ends
             self.assertTrue(lab4.answer_questions(sock))
 
     def test_stalled_clients_hold_up_neither_another_client_nor_the_end(self):
-        starting = self.starting(*WAIT, GRACE=0)
-        with starting as (process, address), contextlib.ExitStack() as stack:
+        stalled = contextlib.ExitStack()
+        with self.starting("input()", GRACE=0) as (process, port), stalled:
             for _ in range(100):
-                stack.enter_context(socket.create_connection(address))
-            with socket.create_connection(address, TIMEOUT) as sock:
+                stalled.enter_context(self.connect(port))
+            with self.connect(port) as sock:
                 self.assertTrue(lab4.answer_questions(sock))
-            self.assertEqual(finish(process).status, 0)
+            finish(process)
 
-    def test_its_port_is_taken_while_it_runs(self):
-        with self.starting() as (_, (_, port)):
-            outcome = self.run_server("--port", port)
+    def test_it_does_not_run_its_command_if_the_port_is_taken(self):
+        with self.starting() as (_, port):
+            outcome = self.run_server("--port", port, *PYTHON, "-c", "print('runs')")
             self.assertRegex(outcome.stderr, rf"\Amathserver.py: .*\b{port}\b.*\n\Z")
-            self.assertEqual(outcome.status, 1, outcome)
+            self.assertEqual((outcome.stdout, outcome.status), ("", 1))
 
-    def test_its_options(self):
-        for option, status, words in (
-            ("--help", 0, "(default: 8000)"),
-            ("--bind=a..b", 1, "mathserver.py: cannot listen on a..b: "),
-            ("--port=-1", 2, "-1 is not from 0 to 65535"),
-            ("--port=65536", 2, "65536 is not from 0 to 65535"),
+    def test_its_options_and_its_errors(self):
+        for line, status, words in (
+            ("--help", 0, "(default: 8000)\n"),
+            ("--port 65536", 1, "mathserver.py: cannot listen: "),
+            ("--port 0 no", 1, "mathserver.py: cannot run 'no': "),
+            ("--port 0 a.py", 1, "cannot run 'a.py': write python3 before it\n"),
         ):
-            outcome = self.run_server(option)
+            outcome = self.run_server(*line.split())
             self.assertEqual(outcome.status, status, outcome)
             self.assertIn(words, outcome.stdout + outcome.stderr)
