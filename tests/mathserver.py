@@ -17,7 +17,7 @@ from subprocess import PIPE, Popen, TimeoutExpired
 from typing import IO, Iterator, List, Optional, Tuple
 
 PAUSE = 0.01  # seconds before a piece of a frame, and after an answer
-LONGEST_PAUSE = 3  # seconds at most before the second piece, which a slow answer delays
+LONGEST_PAUSE = 3  # seconds at most before the second piece, later after a slow answer
 SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
 SILENCE = 2.5  # seconds until the log says that a client does nothing
 TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
@@ -35,7 +35,6 @@ SPECIAL_QUESTIONS = {
 PHRASE = "SQ" + secrets.token_hex(3)  # 8 letters and digits, the tags among them
 # Bytes that clients add instead of [1:5] + [5:9].
 WRONG_SLICES = (((0, 4), (4, 8)), ((0, 4), (5, 9)), ((1, 4), (5, 8)))
-TEXT = re.compile(rb"\d{4,}|[\s!-~]{5,}")  # shorter text may be chance
 
 
 class ClientError(Exception):
@@ -156,8 +155,7 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
     line = f"the client sent {show(early)} after only {count} of 9 bytes"
     for number, total in enumerate(sums, 1):
         if early[:4] == ANSWER.pack(total):
-            again = f"the answer to question {number} again"
-            return f"{line}: {again}, perhaps because the question is still in a buffer"
+            return f"{line}: the answer to question {number}, perhaps still in a buffer"
     if count == 0 or len(early) < 4:
         return f"{line}: send just 4 bytes, and only as an answer"
     return f"{line}: call recv until all 9 are there, and then send just 4 bytes"
@@ -165,27 +163,23 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
 
 def explain_silence(question: bytes) -> str:
     """Return what is known of a client that has a question and does nothing."""
-    return (
-        f"the client has been silent for {SILENCE} s after all 9 bytes of "
-        f"{show_numbers(question)}: perhaps it waits for more, lost some of them, does "
-        "not know Q, hides an error, or has not sent or flushed its answer"
-    )
+    line = f"the client has been silent for {SILENCE} s after all 9 bytes of"
+    causes = "waits for more, lost some of them, does not know Q, hides an error"
+    perhaps = f"perhaps it {causes}, or has not sent or flushed its answer"
+    return f"{line} {show_numbers(question)}: {perhaps}"
 
 
 def explain_end(frame: bytes) -> str:
     """Return what is known of a client that closed after `frame`, whole or in part."""
     line = "the client closed its side of the connection after"
-    if len(frame) == 9:
-        return (
-            f"{line} all 9 bytes of {show_numbers(frame)}: if it printed an error, fix "
-            "that; if none, or one about decoding, perhaps it took the question for "
-            "the secret: go on until frame[:1] == b'S'"
-        )
-    return (
-        f"{line} {len(frame)} of 9 bytes: call recv until all 9 are there, for each "
-        "frame until S comes; but if it printed an error that is not about missing "
-        "bytes, fix that"
-    )
+    if len(frame) < 9:
+        advice = "call recv until all 9 are there, for each frame until S comes"
+        error = "but if it printed an error that is not about missing bytes, fix that"
+        return f"{line} {len(frame)} of 9 bytes: {advice}; {error}"
+    error = "if it printed an error, fix that; if none, or one about decoding"
+    perhaps = "perhaps it took the question for the secret"
+    advice = f"{error}, {perhaps}: go on until frame[:1] == b'S'"
+    return f"{line} all 9 bytes of {show_numbers(frame)}: {advice}"
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
@@ -205,7 +199,7 @@ def find_cause(question: bytes, answer: bytes, sums: List[int]) -> str:
         return "too few bytes"
     if len(answer) > 4 and not any(answer):
         return "only zeros, as bytes(n) makes them"
-    if question[1:] in answer:
+    if answer in (question, question[1:]):
         return "the numbers themselves, not their sum"
     size = f", in {len(answer)} bytes instead of 4" if len(answer) > 4 else ""
     for value, cause in likely_sums(question, sums):
@@ -213,10 +207,11 @@ def find_cause(question: bytes, answer: bytes, sums: List[int]) -> str:
         for four, order in ((big, ""), (big[::-1], ", sent as little-endian")):
             if answer.count(four) > 1:
                 size = ", more than once: send it once, and empty the buffer after it"
-            if four in answer:
+            if four in (answer[:4], answer[-4:]):
                 return f"{cause}{order}{size}"
-    text = "sent as text, not as a 4-byte integer"
-    return text if TEXT.fullmatch(answer) else "a wrong answer"
+    if re.fullmatch(rb"\d{4,}|[\s!-~]{5,}", answer):  # shorter text may be chance
+        return "sent as text, not as a 4-byte integer"
+    return "a wrong answer, in too many bytes" if len(answer) > 4 else "a wrong answer"
 
 
 def likely_sums(question: bytes, sums: List[int]) -> Iterator[Tuple[int, str]]:
@@ -263,21 +258,20 @@ def serve(server: socket.socket, conversations: List[Conversation]) -> None:
         sock = server.accept()[0]
         conversation = Conversation(f"client {len(conversations) + 1}", sock)
         conversation.start()
-        conversations.append(conversation)  # only now, since run joins what it finds
+        conversations.append(conversation)  # only now, as run may join it at once
 
 
 def run(process: "Popen[bytes]", server: socket.socket) -> int:
     """Serve clients while a command runs; return its status, or 1 after a mistake."""
     conversations: List[Conversation] = []
     printed = bytearray()
-    serving = threading.Thread(target=serve, args=(server, conversations), daemon=True)
+    threading.Thread(target=serve, args=(server, conversations), daemon=True).start()
     copying = threading.Thread(target=copy, args=(process.stdout, printed), daemon=True)
-    serving.start()
     copying.start()
     with contextlib.suppress(TimeoutExpired):
         process.wait(SILENCE)
     if not conversations:
-        time.sleep(TRACEBACK)  # a client that has ended may not have been accepted yet
+        time.sleep(TRACEBACK)  # perhaps a client has ended before it was accepted
     if not conversations:
         logging.info("nobody has connected: check host, port and TCP (SOCK_STREAM)")
     process.wait()
@@ -300,14 +294,14 @@ def run(process: "Popen[bytes]", server: socket.socket) -> int:
 
 def copy(source: IO[bytes], printed: bytearray) -> None:
     """Copy what the command prints to stdout as it comes, and keep it in `printed`."""
-    with source, contextlib.suppress(OSError):  # perhaps nobody reads stdout any more
+    with source, contextlib.suppress(OSError):  # nobody may read stdout any more
         while data := source.read(1024):
-            os.write(sys.stdout.fileno(), data)
             printed += data
+            os.write(1, data)
 
 
 def main() -> None:
-    """Serve clients while the command runs, and exit with its status, or for ever."""
+    """Serve for ever, or while the command runs, and then exit with its status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=defaults)
@@ -327,9 +321,8 @@ def main() -> None:
     try:
         process = Popen(args.command, stdout=PIPE, bufsize=0, env=environment)
     except OSError as error:
-        reason = error.strerror
-        if args.command[0].endswith(".py"):
-            reason = "write python3 before it"
+        is_python = args.command[0].endswith(".py")
+        reason = "write python3 before it" if is_python else error.strerror
         sys.exit(f"mathserver.py: cannot run {args.command[0]!r}: {reason}")
     # Ctrl-C is now the command's. What it cuts short is no mistake.
     signal.signal(signal.SIGINT, lambda *_: logging.disable())

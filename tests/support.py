@@ -5,7 +5,6 @@ import faulthandler
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -49,7 +48,7 @@ class Outcome(NamedTuple):
 class RecordedSocket(socket.socket):
     """A real socket that records what each recv returns and each sendall sends.
 
-    A recv does not read past a stop, which is a position in the stream. The third
+    A recv ends at the next of `stops`, which are positions in the stream. The third
     recv after the end raises AssertionError, so that a loop without an exit fails.
     """
 
@@ -70,13 +69,6 @@ class RecordedSocket(socket.socket):
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         self.sent.append(bytes(data))
         super().sendall(data, flags)
-
-
-def reset(sock: socket.socket) -> None:
-    """Close a connection in the way that makes the peer's recv fail."""
-    linger = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    sock.close()
 
 
 def heed_ctrl_c(test: TestCase) -> None:

@@ -101,11 +101,6 @@ def accept(server, process):
 
 
 class ScriptTest(TestCase):
-    def assert_phrase(self, host):
-        with connected(host) as (process, peer):
-            peer.sendall(QUESTION + SECRET)
-            self.assertEqual(finish(process), Outcome(PRINTED, "", 0))
-
     def assert_fault(self, outcome, address, reason):
         """Check for one line on stderr, nothing on stdout, and status 1."""
         host, port = address
@@ -117,11 +112,11 @@ class ScriptTest(TestCase):
     def test_it_is_written_in_python_3_6(self):
         ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 6))
 
-    def test_it_prints_the_phrase_as_text(self):
-        self.assert_phrase("127.0.0.1")
-
-    def test_the_host_may_be_a_name(self):
-        self.assert_phrase("localhost")
+    def test_it_prints_the_phrase_as_text_from_an_address_or_a_name(self):
+        for host in ("127.0.0.1", "localhost"):
+            with connected(host) as (process, peer):
+                peer.sendall(QUESTION + SECRET)
+                self.assertEqual(finish(process), Outcome(PRINTED, "", 0))
 
     def test_it_has_help(self):
         outcome = run(*LAB4, "--help")
@@ -149,9 +144,7 @@ class ScriptTest(TestCase):
         ):
             with self.subTest(arguments):
                 outcome = run(*LAB4, *arguments.split())
-                message = (
-                    rf"\Ausage: lab4\.py .*\nlab4\.py: error: .*\b{reason}\b.*\n\Z"
-                )
+                message = rf"\Ausage: .*\nlab4\.py: error: .*\b{reason}\b.*\n\Z"
                 self.assertRegex(outcome.stderr, message, outcome)
                 self.assertEqual(outcome, Outcome("", outcome.stderr, 2))
 
@@ -178,13 +171,6 @@ class ScriptTest(TestCase):
             peer.shutdown(socket.SHUT_WR)
             reason = "the stream ended after 5 of 9 bytes"
             self.assert_fault(finish(process), peer.getsockname(), reason)
-
-    def test_a_reset_is_a_fault(self):
-        with connected() as (process, peer):
-            address = peer.getsockname()
-            peer.sendall(SECRET[:5])
-            support.reset(peer)
-            self.assert_fault(finish(process), address, SYSTEM_ERROR)
 
     @POSIX
     def test_a_broken_pipe_is_a_fault(self):
