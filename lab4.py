@@ -6,7 +6,7 @@ import socket
 import struct
 import sys
 
-FRAME_SIZE = 9  # the server sends frames: a tag of 1 byte, then a payload of 8
+FRAME_SIZE = 9  # what the server sends: a tag of 1 byte, then a payload of 8
 QUESTION = b"Q"
 SECRET = b"S"
 OPERANDS = struct.Struct(">II")  # ">" is big-endian, "I" an unsigned 32-bit integer
@@ -34,30 +34,30 @@ def answer_questions(sock: socket.socket) -> bytes:
     """
     while True:
         frame = receive_frame(sock)
-        tag = frame[:1]  # frame[0] would be the number 83, not b"S"
+        tag = frame[:1]  # frame[0] would be an int, never equal to b"S"
         payload = frame[1:]
         if tag == SECRET:
             return payload
         if tag != QUESTION:
             raise ValueError(f"neither a question nor the secret: {frame!r}")
         first, second = OPERANDS.unpack(payload)
-        total = (first + second) % 2**32  # a sum may have 33 bits, an answer has 32
+        total = (first + second) % 2**32  # keep 32 bits: a sum may have 33
         sock.sendall(ANSWER.pack(total))
 
 
 def main() -> None:
-    """Print the secret phrase of the server in argv, or exit and say why not."""
+    """Print the phrase of the server in the arguments, or exit and say why not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")
     args = parser.parse_args()
-    if not 1 <= args.port <= 65535:  # some systems would use it modulo 65536
+    if not 1 <= args.port <= 65535:  # otherwise 65537 might mean port 1
         parser.error(f"argument port: {args.port} is not from 1 to 65535")
     try:
         with socket.create_connection((args.host, args.port)) as sock:
             phrase = answer_questions(sock)
         text = phrase.decode("utf-8", "backslashreplace")  # \x.. where it is not UTF-8
-        print(text, flush=True)  # if the disk is full, fail here and not at exit
+        print(text, flush=True)  # fail here, not at exit, if the disk is full
     except (EOFError, OSError, ValueError) as error:
         server = f"{args.host!r} port {args.port}"
         sys.exit(f"lab4.py: cannot print the phrase from {server}: {error}")

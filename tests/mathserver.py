@@ -17,7 +17,7 @@ from subprocess import PIPE, Popen, TimeoutExpired
 from typing import IO, Iterator, List, Optional, Tuple
 
 PAUSE = 0.01  # seconds before a piece of a frame, and after an answer
-LONGEST_PAUSE = 3  # seconds at most before the second piece, later after a slow answer
+LONGEST_PAUSE = 3  # seconds at most before the second piece, after a slow answer
 SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
 SILENCE = 2.5  # seconds until the log says that a client does nothing
 TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
@@ -99,7 +99,7 @@ class Conversation(threading.Thread):
         self.sums.append(total)
 
     def receive_answer(self) -> bytes:
-        """Return an answer, and what follows it; fewer bytes if no more come."""
+        """Return 4 bytes, more if others follow, or fewer if the rest does not come."""
         asked = time.monotonic()
         answer = self.receive_within(SILENCE)
         if answer is None:
@@ -116,14 +116,15 @@ class Conversation(threading.Thread):
         return answer + (self.receive_within(PAUSE) or b"")
 
     def send(self, frame: bytes) -> None:
-        """Send a frame in pieces, between which nothing may come."""
+        """Send a frame in pieces; nothing may come before the last one is sent."""
         self.sent = b""
         if self.sums:
             cuts = sorted(random.sample(range(1, 9), random.randint(3, 5)))
         else:
             cuts = list(range(1, 9))  # question 1 goes byte by byte
         for start, end in zip([0, *cuts], [*cuts, 9]):
-            pause = self.pause if start == cuts[0] else PAUSE
+            is_second = start == cuts[0]
+            pause = self.pause if is_second else PAUSE
             early = self.receive_within(pause)
             if early:
                 raise ClientError(explain_early(start, early, self.sums))
@@ -133,7 +134,7 @@ class Conversation(threading.Thread):
             self.sent = frame[:end]
 
     def receive_within(self, seconds: Optional[float]) -> Optional[bytes]:
-        """Return what comes in time, b"" at the end; None if nothing comes."""
+        """Return what comes in time, b"" at the end, or None if nothing comes."""
         self.sock.settimeout(seconds)
         try:
             return self.sock.recv(1024)
@@ -163,23 +164,27 @@ def explain_early(count: int, early: bytes, sums: List[int]) -> str:
 
 def explain_silence(question: bytes) -> str:
     """Return what is known of a client that has a question and does nothing."""
-    line = f"the client has been silent for {SILENCE} s after all 9 bytes of"
-    causes = "waits for more, lost some of them, does not know Q, hides an error"
-    perhaps = f"perhaps it {causes}, or has not sent or flushed its answer"
-    return f"{line} {show_numbers(question)}: {perhaps}"
+    return (
+        f"the client has been silent for {SILENCE} s after all 9 bytes of "
+        f"{show_numbers(question)}: perhaps it waits for more, lost some of them, does "
+        "not know Q, hides an error, or has not sent or flushed its answer"
+    )
 
 
 def explain_end(frame: bytes) -> str:
     """Return what is known of a client that closed after `frame`, whole or in part."""
     line = "the client closed its side of the connection after"
-    if len(frame) < 9:
-        advice = "call recv until all 9 are there, for each frame until S comes"
-        error = "but if it printed an error that is not about missing bytes, fix that"
-        return f"{line} {len(frame)} of 9 bytes: {advice}; {error}"
-    error = "if it printed an error, fix that; if none, or one about decoding"
-    perhaps = "perhaps it took the question for the secret"
-    advice = f"{error}, {perhaps}: go on until frame[:1] == b'S'"
-    return f"{line} all 9 bytes of {show_numbers(frame)}: {advice}"
+    if len(frame) == 9:
+        return (
+            f"{line} all 9 bytes of {show_numbers(frame)}: if it printed an error, fix "
+            "that; if none, or one about decoding, perhaps it took the question for "
+            "the secret: go on until frame[:1] == b'S'"
+        )
+    return (
+        f"{line} {len(frame)} of 9 bytes: call recv until all 9 are there, for each "
+        "frame until S comes; but if it printed an error that is not about missing "
+        "bytes, fix that"
+    )
 
 
 def explain_answer(question: bytes, answer: bytes, sums: List[int]) -> str:
@@ -205,10 +210,11 @@ def find_cause(question: bytes, answer: bytes, sums: List[int]) -> str:
     for value, cause in likely_sums(question, sums):
         big = ANSWER.pack(value % 2**32)
         for four, order in ((big, ""), (big[::-1], ", sent as little-endian")):
+            if four not in (answer[:4], answer[-4:]):
+                continue
             if answer.count(four) > 1:
                 size = ", more than once: send it once, and empty the buffer after it"
-            if four in (answer[:4], answer[-4:]):
-                return f"{cause}{order}{size}"
+            return f"{cause}{order}{size}"
     if re.fullmatch(rb"\d{4,}|[\s!-~]{5,}", answer):  # shorter text may be chance
         return "sent as text, not as a 4-byte integer"
     return "a wrong answer, in too many bytes" if len(answer) > 4 else "a wrong answer"
@@ -262,7 +268,7 @@ def serve(server: socket.socket, conversations: List[Conversation]) -> None:
 
 
 def run(process: "Popen[bytes]", server: socket.socket) -> int:
-    """Serve clients while a command runs; return its status, or 1 after a mistake."""
+    """Serve clients while a command runs; return the status to exit with."""
     conversations: List[Conversation] = []
     printed = bytearray()
     threading.Thread(target=serve, args=(server, conversations), daemon=True).start()
@@ -278,18 +284,21 @@ def run(process: "Popen[bytes]", server: socket.socket) -> int:
     deadline = time.monotonic() + GRACE
     for thread in (copying, *conversations):
         thread.join(max(0, deadline - time.monotonic()))
-    count = sum(conversation.has_secret for conversation in conversations)
-    wrong_output = explain_output(bytes(printed), count)
+    return judge(process.returncode, conversations, bytes(printed))
+
+
+def judge(status: int, conversations: List[Conversation], printed: bytes) -> int:
+    """Log a wrong output; return the command's status, or 1 after a mistake."""
+    wrong_output = explain_output(
+        printed, sum(each.has_secret for each in conversations)
+    )
     if wrong_output:
         logging.info(wrong_output)
-    if process.returncode < 0:  # a signal ended it: exit as a shell does
-        return 128 - process.returncode
-    if process.returncode:
-        return process.returncode
-    mistakes = [conversation.has_mistake for conversation in conversations]
-    failed = wrong_output or any(mistakes) or not mistakes
-    interrupted = not logging.getLogger().isEnabledFor(logging.INFO)
-    return 1 if failed and not interrupted else 0
+    if status < 0:  # a signal ended the command: exit as a shell does
+        return 128 - status
+    right = [each.has_secret and not each.has_mistake for each in conversations]
+    failed = wrong_output or not right or not all(right)
+    return status or int(bool(failed))
 
 
 def copy(source: IO[bytes], printed: bytearray) -> None:
