@@ -5,7 +5,7 @@ import re
 import shlex
 import unittest
 
-from tests.support import PYTHON, ROOT, TestCase, run, started
+from tests.support import POSIX, PYTHON, ROOT, TestCase, run, started
 
 HOST = "mathserver"
 PORT = 8000
@@ -26,6 +26,7 @@ class DevContainerTest(TestCase):
             with self.subTest(file, words=words):
                 self.assertTrue(words in (FOLDER / file).read_text(encoding="utf-8"))
 
+    @POSIX
     @unittest.skipUnless(os.access(TABLE, os.R_OK), "only Linux has " + TABLE)
     def test_the_health_check_passes_only_while_the_server_runs(self):
         compose = (FOLDER / "compose.yaml").read_text(encoding="utf-8")
