@@ -123,9 +123,8 @@ class Conversation(threading.Thread):
         else:
             cuts = list(range(1, 9))  # question 1 goes byte by byte
         for start, end in zip([0, *cuts], [*cuts, 9]):
-            is_second = start == cuts[0]
-            pause = self.pause if is_second else PAUSE
-            early = self.receive_within(pause)
+            # The piece at cuts[0] is the second one.
+            early = self.receive_within(self.pause if start == cuts[0] else PAUSE)
             if early:
                 raise ClientError(explain_early(start, early, self.sums))
             if early is not None:
