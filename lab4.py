@@ -46,7 +46,7 @@ def answer_questions(sock: socket.socket) -> bytes:
 
 
 def main() -> None:
-    """Print the phrase of the server in the arguments, or exit and say why not."""
+    """Print the phrase of the server that the arguments name, or say why not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("host", help="host name or address of the math server")
     parser.add_argument("port", type=int, help="its TCP port, 1 to 65535")

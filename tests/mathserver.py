@@ -20,7 +20,7 @@ PAUSE = 0.01  # seconds before a piece of a frame, and after an answer
 LONGEST_PAUSE = 3  # seconds at most before the second piece, after a slow answer
 SECRET_PAUSE = 0.2  # seconds at least before the second piece of the secret
 SILENCE = 2.5  # seconds until the log says that a client does nothing
-TRACEBACK = 0.3  # seconds in which a client prints its own error before the log speaks
+TRACEBACK = 0.3  # seconds the log waits, so that a client's own error comes first
 GRACE = 3  # seconds at most that clients may go on after the command has ended
 NUMBERS = struct.Struct(">xII")  # the two numbers of a question, after its tag
 ANSWER = struct.Struct(">I")
@@ -263,7 +263,7 @@ def serve(server: socket.socket, conversations: List[Conversation]) -> None:
         sock = server.accept()[0]
         conversation = Conversation(f"client {len(conversations) + 1}", sock)
         conversation.start()
-        conversations.append(conversation)  # only now, as run may join it at once
+        conversations.append(conversation)  # a thread can be joined once it is started
 
 
 def run(process: "Popen[bytes]", server: socket.socket) -> int:
@@ -287,10 +287,9 @@ def run(process: "Popen[bytes]", server: socket.socket) -> int:
 
 
 def judge(status: int, conversations: List[Conversation], printed: bytes) -> int:
-    """Log a wrong output; return the command's status, or 1 after a mistake."""
-    wrong_output = explain_output(
-        printed, sum(each.has_secret for each in conversations)
-    )
+    """Log a wrong output; return the command's status, or 1 if not all went well."""
+    count = sum(each.has_secret for each in conversations)
+    wrong_output = explain_output(printed, count)
     if wrong_output:
         logging.info(wrong_output)
     if status < 0:  # a signal ended the command: exit as a shell does
@@ -332,7 +331,7 @@ def main() -> None:
         is_python = args.command[0].endswith(".py")
         reason = "write python3 before it" if is_python else error.strerror
         sys.exit(f"mathserver.py: cannot run {args.command[0]!r}: {reason}")
-    # Ctrl-C is now the command's. What it cuts short is no mistake.
+    # Ctrl-C is now the command's. What it cuts short is not logged as a mistake.
     signal.signal(signal.SIGINT, lambda *_: logging.disable())
     sys.exit(run(process, server))
 

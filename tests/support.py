@@ -33,7 +33,7 @@ class TestCase(unittest.TestCase):
 
     def setUp(self) -> None:
         if "pydevd" not in sys.modules:  # in a debugger, a test may stop for longer
-            faulthandler.dump_traceback_later(60, exit=True)
+            faulthandler.dump_traceback_later(60, exit=True, file=2)
             self.addCleanup(faulthandler.cancel_dump_traceback_later)
 
 

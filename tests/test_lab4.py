@@ -210,7 +210,7 @@ class WithinTest(TestCase):
     def test_a_replaced_stdout_gets_the_phrase(self):
         self.assertEqual(self.run_main(), PRINTED)
 
-    def test_only_the_program_sets_a_time_limit(self):
+    def test_lab4_sets_no_time_limit_of_its_own(self):
         def answer_questions(sock):
             limits.append(sock.gettimeout())
             return PHRASE
