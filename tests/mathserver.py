@@ -179,10 +179,12 @@ def explain_end(frame: bytes) -> str:
             "that; if none, or one about decoding, perhaps it took the question for "
             "the secret: go on until frame[:1] == b'S'"
         )
+    advice = "go on until S comes, all on this connection"
+    if frame:
+        advice = "call recv until all 9 are there, for each frame until S comes"
     return (
-        f"{line} {len(frame)} of 9 bytes: call recv until all 9 are there, for each "
-        "frame until S comes; but if it printed an error that is not about missing "
-        "bytes, fix that"
+        f"{line} {len(frame)} of 9 bytes: {advice}; but if it printed an error that is "
+        "not about missing bytes, fix that"
     )
 
 

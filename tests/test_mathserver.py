@@ -72,6 +72,10 @@ class ExplanationTest(TestCase):
         line = mathserver.explain_early(1, b"\xff\x03\x04\x05", SUMS)
         self.assertIn("after only 1 of 9 bytes: the answer to question 2, ", line)
 
+    def test_a_client_that_closes_between_frames_is_told_to_go_on(self):
+        line = mathserver.explain_end(b"")
+        self.assertIn("after 0 of 9 bytes: go on until S comes, all on this ", line)
+
     @mock.patch.object(mathserver, "PHRASE", PHRASE)
     def test_only_the_phrase_is_a_right_output(self):
         for count, output, is_right in OUTPUTS:
