@@ -356,8 +356,8 @@ class ServerTest(TestCase):
             self.assertRegex(first, "^mathserver.py: listening on 127.0.0.1 port [1-9]")
             yield process, int(first.split()[-1])
 
-    def serve(self, code, **times):
-        with self.starting(code, **times) as (process, port):
+    def serve(self, code):
+        with self.starting(code) as (process, port):
             return finish(process, f"{port}\n")
 
     def connect(self, port):
